@@ -1,0 +1,135 @@
+"""The nouns of the engine: what comes in, what goes out, and which part fills each field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lragent.errors import LRAgentError, UserError
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    """The model ended its turn, or a stop string was met."""
+    LENGTH = "length"
+    """`max_tokens` were generated, or the context is full."""
+    CANCELLED = "cancelled"
+    """The client went away."""
+    ERROR = "error"
+    """The engine failed; `Chunk.error` says how."""
+
+
+class EngineDeadError(LRAgentError):
+    """The engine thread has ended by a fault: nothing can be generated any more."""
+
+
+class QueueFullError(LRAgentError):
+    """Too many requests wait already."""
+
+
+class UnknownRoleError(UserError):
+    """The role asked for is not loaded."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability. stop: strings that end the text and
+    are not part of it. seed: None draws one. ignore_eos: go on past the end of the turn until `max_tokens`.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the field that is out of range."""
+        limits = (
+            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("temperature", 0.0 <= self.temperature <= 2.0, "must be between 0 and 2"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
+            ("top_k", 0 <= self.top_k <= 1_000_000, "must be 0 (off) or a positive number of tokens"),
+            ("min_p", 0.0 <= self.min_p < 1.0, "must be at least 0 and below 1"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
+            ("stop", len(self.stop) <= 16 and all(0 < len(s) <= 256 for s in self.stop), "must be at most 16 strings of 1 to 256 characters"),
+        )  # fmt: skip
+        for name, holds, mend in limits:
+            if not holds:
+                raise UserError(f"{name}: {mend}, not {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context in tokens, with what is known of who speaks in it.
+
+    token_ids: the whole context, at least one token.
+    position_roles: the role that processes each position where no cache holds it; None = the role asked for. Used in
+        the modes with one writer per token; in the others the role asked for processes all.
+    opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
+        only entries that this role wrote.
+    """
+
+    token_ids: tuple[int, ...]
+    position_roles: tuple[str, ...] | None = None
+    opening: int = 1
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One turn asked of one role. Made by the API (or a caller in process), never changed after."""
+
+    request_id: str
+    role: str
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    salt: str = ""
+    """Isolates tenants: nothing cached under another salt is ever found."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request cost, in tokens.
+
+    `tokens_computed + base_reused == prompt_tokens` in every mode but `base_shared`, where tokens of an LR prefill are
+    both base-reused and computed: there `lr_prefilled` says how many.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_computed: int
+    """Prompt tokens that went through the model."""
+    base_reused: int
+    """Prompt tokens whose base cache (or full cache) was found."""
+    lr_reused: int
+    """Prompt tokens whose LR cache was found."""
+    lr_prefilled: int
+    """Prompt tokens run over an existing base cache, to write this role's LR cache only."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. The last one carries `finish_reason` and `usage`."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class RoleCard:
+    """A loaded role, as `/v1/models` shows it. `digest` is the content digest of its weights; `base` has none."""
+
+    name: str
+    parent: str | None
+    root: str
+    digest: str | None
