@@ -1,0 +1,46 @@
+"""The up-projection `B` for tokens of mixed roles.
+
+Every role has its own `B`, all of one rank, stored transposed and with the scaling folded in: `up` [n_roles, r, d_out].
+Role indices count from 1; index 0 is the base model, whose product is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def role_up_reference(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+    """Token by token, in float32: the definition.
+
+    low: [T, r]; up: [n_roles, r, d_out]; roles: [T] in 0..n_roles. Returns [T, d_out] float32.
+    """
+    out = torch.zeros(low.shape[0], up.shape[2], dtype=torch.float32, device=low.device)
+    for t, role in enumerate(roles.tolist()):
+        if role > 0:
+            out[t] = low[t].float() @ up[role - 1].float()
+    return out
+
+
+def role_up(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+    """One dense product for any mix of roles: `(onehot(role) x low) @ concat(up)`, inner size n_roles * r.
+
+    low: [..., T, r]; up: [n_roles, r, d_out]; roles: [T] in 0..n_roles. Returns [..., T, d_out]; differentiable.
+    """
+    n_roles, rank, d_out = up.shape
+    onehot = roles.unsqueeze(-1) == torch.arange(1, n_roles + 1, device=roles.device)  # [T, n_roles]
+    spread = (onehot.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [..., T, n_roles * r]
+    return spread @ up.reshape(n_roles * rank, d_out)
+
+
+def role_up_heads(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+    """The same for attention's low-rank accumulator, whose `B` differs by KV head.
+
+    low: [Hkv, G, T, r] (`P @ LR` per query head); up: [n_roles, r, Hkv * D]; roles: [T].
+    Returns [Hkv, G, T, D]; differentiable.
+    """
+    kv_heads, group, tokens, rank = low.shape
+    n_roles = up.shape[0]
+    onehot = roles.unsqueeze(-1) == torch.arange(1, n_roles + 1, device=roles.device)  # [T, n_roles]
+    spread = (onehot.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [Hkv, G, T, n_roles * r]
+    per_head = up.reshape(n_roles * rank, kv_heads, -1).transpose(0, 1)  # [Hkv, n_roles * r, D]
+    return torch.bmm(spread.reshape(kv_heads, group * tokens, -1), per_head).reshape(kv_heads, group, tokens, -1)

@@ -1,0 +1,149 @@
+"""Attention dispatch: transformers' models call the pass that the caller hands to `model(...)`.
+
+transformers' `AttentionInterface` gives an attention function its layer, the projected (and rotated) query, key and
+value, and every unknown keyword argument of `model(...)`. One function is registered, under `ATTENTION`; it hands the
+tensors to the `AttentionPass` given as `attention_pass=`. So the models stay unmodified, and what differs between
+training and serving is one object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from lragent.errors import LRAgentError, UserError
+from lragent.kernels.attention import lora_attention
+from lragent.kernels.low_rank import role_up
+from lragent.rope import Rope, rotate
+from lragent.routing import Route
+
+ATTENTION = "lragent"
+"""The name to load a model with: `attn_implementation=ATTENTION`, after `register_attention()`."""
+
+
+class AttentionPass(Protocol):
+    """One forward pass over a flat batch of T tokens, seen from its attention layers."""
+
+    def attend(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """query: [Hq, T, D] rotated; key: [Hkv, T, D] rotated; value: [Hkv, T, D]. Returns [T, Hq, D]."""
+        ...
+
+
+def register_attention() -> None:
+    """Make `attn_implementation=ATTENTION` known to transformers. May be called again."""
+    AttentionInterface.register(ATTENTION, _attention_function)
+
+
+def _attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    attention_pass: AttentionPass | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' calling convention: tensors are [1, H, T, D], the result is [1, T, Hq, D]."""
+    if attention_pass is None:
+        raise LRAgentError("The model was called without `attention_pass=`.")
+    if softcap is not None:
+        raise UserError(f"{type(module).__name__}: models with a soft cap on attention logits are not supported yet.")
+    out = attention_pass.attend(module, query[0], key[0], value[0], scaling, sliding_window)
+    return out.unsqueeze(0), None
+
+
+@dataclass(frozen=True)
+class PackedPass:
+    """A pass over whole trajectories laid end to end, without a cache: training, and the reference of serving.
+
+    spans: half-open token ranges, one per trajectory; nothing is read across them. Where the route splits a projection,
+    each query reads values (keys) through its own role's `B`. rope: needed where `k_proj` is split.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    route: Route
+    rope: Rope | None = None
+
+    def attend(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See AttentionPass."""
+        low_v = layer.v_proj.take_low()[0] if "v_proj" in self.route.split else None
+        up_v = layer.v_proj.reader_up() if low_v is not None else None
+        low_k = layer.k_proj.take_low()[0] if "k_proj" in self.route.split else None
+        parts = []
+        for start, end in self.spans:
+            part = slice(start, end)
+            readers = self.route.roles[part]
+            args = (value[:, part], None if low_v is None else low_v[part], up_v)
+            if low_k is None:
+                parts.append(lora_attention(query[:, part], key[:, part], *args, readers, scale=scale, window=window))
+                continue
+            assert self.rope is not None, "a split k_proj needs the rotary embedding"
+            cos, sin = self.rope
+            parts.append(
+                attend_by_reader(
+                    query[:, part], key[:, part], low_k[part], layer.k_proj.reader_up(), (cos[part], sin[part]), *args,
+                    readers, scale=scale, window=window,
+                )
+            )  # fmt: skip
+        return torch.cat(parts)
+
+
+def attend_by_reader(
+    query: torch.Tensor,
+    key_base: torch.Tensor,
+    low_k: torch.Tensor,
+    up_k: torch.Tensor,
+    rope: Rope,
+    value: torch.Tensor,
+    low_v: torch.Tensor | None,
+    up_v: torch.Tensor | None,
+    readers: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention whose keys depend on the reader: `K = K_base + RoPE(LR_k B_k)`, one pass per role over its queries.
+
+    query: [Hq, Tq, D] at the end of the context; key_base: [Hkv, Tk, D] rotated; low_k: [Tk, r];
+    up_k: [n_roles, r, Hkv * D]; rope: cos and sin, [Tk, D] each; the rest as in `lora_attention`. Returns [Tq, Hq, D].
+    """
+    heads, tokens, dim = query.shape
+    kv_heads, keys, _ = key_base.shape
+    positions = torch.arange(keys - tokens, keys, device=query.device)
+    pieces, order = [], []
+    for role in torch.unique(readers).tolist():
+        chosen = (readers == role).nonzero().squeeze(-1)
+        delta = role_up(low_k.to(up_k.dtype), up_k, torch.full((keys,), role, device=query.device))  # [Tk, Hkv * D]
+        delta = rotate(delta.view(keys, kv_heads, dim).transpose(0, 1), rope).to(key_base.dtype)
+        pieces.append(
+            lora_attention(
+                query[:, chosen], key_base + delta, value, low_v, up_v, readers[chosen],
+                scale=scale, positions=positions[chosen], window=window,
+            )
+        )  # fmt: skip
+        order.append(chosen)
+    return torch.cat(pieces)[torch.argsort(torch.cat(order))]

@@ -1,0 +1,69 @@
+"""A projection with a shared `A` and one `B` per role, as the engine runs it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lragent.adapter_set import AdapterSet
+from lragent.kernels.low_rank import role_up
+from lragent.routing import Router
+
+
+class RoleLinear(nn.Module):
+    """`W x + B_role A x`, the role chosen per token by the router's route.
+
+    down: [r, d_in], the shared A. up: [n_roles, r, d_out], each role's `B` transposed, its scaling folded in.
+    Where the route splits this projection, `forward` returns `W x` alone and keeps `A x` for attention (`take_low`).
+    """
+
+    def __init__(self, base: nn.Module, kind: str, down: torch.Tensor, up: torch.Tensor, router: Router) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.kind = kind
+        self.router = router
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.down: torch.Tensor
+        self.up: torch.Tensor
+        self._low: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., T, d_in]. Returns [..., T, d_out]."""
+        out: torch.Tensor = self.base_layer(hidden)
+        route = self.router.route
+        if self.kind in route.split:
+            self._low = F.linear(hidden, self.down)
+            return out
+        if route.uniform == 0:
+            return out
+        low = F.linear(hidden, self.down)
+        if route.uniform is not None:
+            return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.up[route.uniform - 1]).view_as(out)
+        return out + role_up(low, self.up, route.roles)
+
+    def take_low(self) -> torch.Tensor:
+        """The low-rank activation [..., T, r] of the forward pass now running; it can be taken once."""
+        low, self._low = self._low, None
+        assert low is not None, "take_low() before forward(), or twice"
+        return low
+
+    def reader_up(self) -> torch.Tensor:
+        """[n_roles, r, d_out]: what attention applies for the reader."""
+        return self.up
+
+
+def install_roles(model: nn.Module, adapters: AdapterSet, router: Router) -> None:
+    """Replace every projection that `adapters` name by a `RoleLinear`, in place; the base weights stay as they are.
+
+    Raises AttributeError where a module is missing: check the pack against the model first.
+    """
+    for path, shared_a in adapters.shared_a.items():
+        base = model.get_submodule(path)
+        parent, _, kind = path.rpartition(".")
+        weight = next(base.parameters())
+        place = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.bfloat16}
+        down = shared_a.to(**place)
+        up = adapters.scaled_b(path).transpose(1, 2).contiguous().to(**place)
+        setattr(model.get_submodule(parent), kind, RoleLinear(base, kind, down, up, router))

@@ -1,0 +1,59 @@
+"""Who processes each token of a forward pass, and what is left for attention to do.
+
+transformers' modules pass no extra arguments to a projection, so the projections of one model share one `Router`, which
+holds the `Route` of the forward pass now running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lragent.errors import LRAgentError
+
+
+@dataclass(frozen=True)
+class Route:
+    """The roles of one forward pass.
+
+    roles: [T] integers, 0 = base, i + 1 = role i. uniform: the role of all tokens, where they have only one.
+    split: the projections among `k_proj`, `v_proj` that return their base part only and keep their low-rank
+    activation for attention, which applies `B` as the reader's.
+    """
+
+    roles: torch.Tensor
+    uniform: int | None
+    split: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, roles: list[int], device: torch.device | str = "cpu", split: frozenset[str] = frozenset()) -> Route:
+        """The route of a flat batch whose tokens have these roles."""
+        first = roles[0] if roles else 0
+        uniform = first if all(role == first for role in roles) else None
+        return cls(torch.tensor(roles, dtype=torch.long, device=device), uniform, split)
+
+
+class Router:
+    """Hands the current route to the projections of one model. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._current: Route | None = None
+
+    @property
+    def route(self) -> Route:
+        """The route of the forward pass now running. Raises LRAgentError outside of `use`."""
+        if self._current is None:
+            raise LRAgentError("The model was called without a route: wrap the call in `with router.use(route):`.")
+        return self._current
+
+    @contextmanager
+    def use(self, route: Route) -> Iterator[None]:
+        """Run a forward pass (and its backward pass, if activations are recomputed there) under `route`."""
+        before, self._current = self._current, route
+        try:
+            yield
+        finally:
+            self._current = before
