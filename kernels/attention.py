@@ -1,7 +1,7 @@
 """Flash-LoRA-Attention in plain torch: attention over decomposed values, which never expands the low-rank part.
 
 Attention is linear in its values, so with `V = V_base + LR B` (B of the *reader*):
-`O = P V_base + (P LR) B`, with `P = softmax(q K^T / sqrt(D))` (LRAgent, arXiv 2602.01053, section on Flash-LoRA-Attention).
+`O = P V_base + (P LR) B`, with `P = softmax(q K^T / sqrt(D))` (Flash-LoRA-Attention of LRAgent, arXiv 2602.01053).
 
 Shapes: query [Hq, Tq, D]; key, value [Hkv, Tk, D]; low [Tk, r], the LR cache; up [n_roles, r, Hkv * D], the roles' `B`
 transposed, scaling folded in; roles [Tq], the reader of each query, 0 = base. Queries sit at the end of the context
@@ -20,7 +20,9 @@ EXPLICIT_SCORES_LIMIT = 1 << 24
 """Above this many scores (Hq * Tq * Tk) they are not written out, where torch has a fused attention."""
 
 
-def visible(tokens: int, keys: int, device: torch.device, positions: torch.Tensor | None, window: int | None) -> torch.Tensor:  # fmt: skip
+def visible(
+    tokens: int, keys: int, device: torch.device, positions: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
     """The causal mask [Tq, Tk] as booleans: True where a query may look."""
     if positions is None:
         positions = torch.arange(keys - tokens, keys, device=device)

@@ -131,7 +131,7 @@ def attend_by_reader(
     query: [Hq, Tq, D] at the end of the context; key_base: [Hkv, Tk, D] rotated; low_k: [Tk, r];
     up_k: [n_roles, r, Hkv * D]; rope: cos and sin, [Tk, D] each; the rest as in `lora_attention`. Returns [Tq, Hq, D].
     """
-    heads, tokens, dim = query.shape
+    _, tokens, dim = query.shape
     kv_heads, keys, _ = key_base.shape
     positions = torch.arange(keys - tokens, keys, device=query.device)
     pieces, order = [], []

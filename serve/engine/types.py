@@ -52,6 +52,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
+        sane_stop = len(self.stop) <= 16 and all(0 < len(text) <= 256 for text in self.stop)
         limits = (
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "must be between 0 and 2"),
@@ -59,8 +60,8 @@ class SamplingParams:
             ("top_k", 0 <= self.top_k <= 1_000_000, "must be 0 (off) or a positive number of tokens"),
             ("min_p", 0.0 <= self.min_p < 1.0, "must be at least 0 and below 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
-            ("stop", len(self.stop) <= 16 and all(0 < len(s) <= 256 for s in self.stop), "must be at most 16 strings of 1 to 256 characters"),
-        )  # fmt: skip
+            ("stop", sane_stop, "must be at most 16 strings of 1 to 256 characters"),
+        )
         for name, holds, mend in limits:
             if not holds:
                 raise UserError(f"{name}: {mend}, not {getattr(self, name)!r}.")
