@@ -1,7 +1,8 @@
 """Rotary position embedding of low-rank keys.
 
 Rotation is linear per position, so a key's low-rank part may be rotated apart:
-`RoPE(K_base + d) = RoPE(K_base) + RoPE(d)`. The angles come from the model's own rotary module, so that every scaling rule of transformers holds here too.
+`RoPE(K_base + d) = RoPE(K_base) + RoPE(d)`. The angles come from the model's own rotary module, so that every
+scaling rule of transformers holds here too.
 """
 
 from __future__ import annotations

@@ -1,0 +1,177 @@
+"""The requests of OpenAI's chat and completions endpoints, as far as they are understood here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+
+from lragent.errors import UserError
+from lragent.serve.api.unsupported import check_unsupported
+from lragent.serve.engine.types import SamplingParams
+
+MAX_PROMPTS = 128
+"""In one completions request."""
+
+
+def _listed(value: Any) -> Any:
+    """OpenAI's `stop`: nothing, one string, or several."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, Strict()]
+Label = Annotated[str, Strict(), Field(max_length=512)]
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+Stops = Annotated[list[Text], BeforeValidator(_listed)]
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends. include_usage: a last chunk without choices carries the usage."""
+
+    include_usage: Flag | None = None
+
+
+class TextRequest(BaseModel):
+    """The fields that both endpoints know. Unknown ones are ignored, as OpenAI servers do."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Label
+    max_tokens: Whole | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Whole | None = None
+    min_p: Number | None = None
+    seed: Whole | None = None
+    stop: Stops = []
+    ignore_eos: Flag | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Label | None = None
+    """Isolates a tenant's cache."""
+    user: Label | None = None
+    trajectory_id: Label | None = None
+
+    @property
+    def salt(self) -> str:
+        return self.cache_salt or ""
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def requested_tokens(self) -> tuple[str, int | None]:
+        """The field that limits the answer, and its value."""
+        return "max_tokens", self.max_tokens
+
+    def check_length(self, max_model_len: int) -> None:
+        """Raise UserError unless the answer's limit can be held in a context of `max_model_len` tokens."""
+        name, value = self.requested_tokens()
+        if value is not None and not 1 <= value <= max_model_len:
+            raise UserError(f"{name}: must be between 1 and {max_model_len} (the context of this model), not {value}.")
+
+    def sampling(self, *, default_max_tokens: int) -> SamplingParams:
+        """Raises UserError naming the field that is out of range."""
+        _, max_tokens = self.requested_tokens()
+        given = {
+            "max_tokens": default_max_tokens if max_tokens is None else max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's word for off
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "stop": tuple(self.stop),
+            "ignore_eos": self.ignore_eos,
+        }
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+class ChatRequest(TextRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[Text, Any]], Field(min_length=1)]
+    max_completion_tokens: Whole | None = None
+
+    def requested_tokens(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().requested_tokens()
+
+    def given_messages(self) -> list[dict[str, Any]]:
+        """The messages without their null fields: clients append answers as they were parsed, gaps and all."""
+        return [{key: value for key, value in message.items() if value is not None} for message in self.messages]
+
+
+class CompletionRequest(TextRequest):
+    """POST /v1/completions."""
+
+    prompt: Any
+    add_special_tokens: Flag | None = None
+    """Of a text prompt: whether the tokenizer puts its own in front; yes unless told otherwise."""
+
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """The prompts, each a text or token ids. Raises UserError."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [given]
+        if isinstance(given, list) and given:
+            if _are_token_ids(given):
+                return [tuple(given)]
+            if len(given) > MAX_PROMPTS:
+                raise UserError(f"prompt: at most {MAX_PROMPTS} prompts go in one request, not {len(given)}.")
+            if all(isinstance(each, str) for each in given):
+                return list(given)
+            if all(isinstance(each, list) and _are_token_ids(each) for each in given):
+                return [tuple(each) for each in given]
+        raise UserError(
+            "prompt: must be a text, a list of texts, a list of token ids or a list of such lists; none may be empty."
+        )
+
+
+def _are_token_ids(items: list[Any]) -> bool:
+    return bool(items) and all(type(item) is int for item in items)
+
+
+R = TypeVar("R", bound=TextRequest)
+
+
+def parse_request(cls: type[R], body: Mapping[str, Any]) -> R:
+    """Read `body` as a `cls`. Raises UserError: one sentence that begins with the field at fault."""
+    try:
+        request = cls.model_validate(body)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+    check_unsupported(body)
+    if request.stream_options is not None and not request.stream:
+        raise UserError("stream_options: is only allowed together with `stream: true`.")
+    return request
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = _path(first["loc"])
+    if first["type"] == "missing":
+        return f"{name}: is missing."
+    problem = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    problem = problem[0].lower() + problem[1:]
+    return f"{name}: {problem}, not {_shown(first['input'])}."
+
+
+def _path(location: Sequence[str | int]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

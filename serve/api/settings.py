@@ -1,0 +1,57 @@
+"""What `lragent serve` can be told: by flags, or in a YAML file with `key=value` overrides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lragent.errors import UserError
+from lragent.modes import PrefixWriter, SharingMode
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """One server: what it serves, how much it holds, where it listens. Fixed for its life.
+
+    Raises UserError naming a field that is out of range.
+    """
+
+    model: str | None = None
+    """Hub id, folder or GGUF file; None is the embedded default."""
+    roles: str | None = None
+    """Path of the pack; None serves the base model alone."""
+    sharing: SharingMode = SharingMode.BASE_LR_SHARED
+    prefix_writer: PrefixWriter | None = None
+    """None: as the pack was trained."""
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together; None: what the model allows."""
+    max_tokens_in_cache: int | None = None
+    """Slots of the KV cache, one token each; None: chosen by the engine."""
+    max_num_seqs: int = 16
+    """Requests that run at once; the rest wait."""
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 picks a free one."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """A larger request body is refused while it is read."""
+    drain_s: int = 5
+    """Seconds that open requests may still run after SIGTERM or SIGINT."""
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        at_least = (("max_model_len", 1), ("max_tokens_in_cache", 1), ("max_num_seqs", 1), ("max_body_bytes", 1))
+        for name, least in at_least:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: must be at least {least}, not {value}.")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port: must be between 0 and 65535, not {self.port}.")
+        if self.drain_s < 0:
+            raise UserError(f"drain_s: must be 0 or more seconds, not {self.drain_s}.")
+        if self.log_level not in LOG_LEVELS:
+            raise UserError(f"log_level: must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}.")
+
+
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug")

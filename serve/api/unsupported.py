@@ -1,0 +1,76 @@
+"""Fields that other servers act on and this one does not yet: refused by name unless they say what happens anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lragent.errors import UserError
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    # vLLM's and SGLang's own
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
+    "return_token_ids": (False,),
+    "prompt_embeds": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "regex": (),
+    "json_schema": (),
+    "ebnf": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+}
+"""Field -> the values that change nothing. null never changes anything."""
+
+
+def check_unsupported(body: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first field of `body` that asks for what is not supported."""
+    if body.get("chat_template") is not None:
+        raise UserError("chat_template: templates are not taken from requests; leave it out, the model's own is used.")
+    for name, neutral in NEUTRAL.items():
+        value = body.get(name)
+        if value is None or any(_same(value, each) for each in neutral):
+            continue
+        instead = f" or send {' or '.join(map(repr, neutral))}" if neutral else ""
+        raise UserError(f"{name}: {_shown(value)} is not supported yet; leave it out{instead}.")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, where a bool is not a number."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

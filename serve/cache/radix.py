@@ -1,0 +1,243 @@
+"""A radix tree over token ids: which cached prefix does a token sequence have, and in which slots.
+
+An element of a path is a token and a tag. In the base tree the tag is the writer of the token's cache, so one token
+may be there more than once, written by different roles. In the residual tree it is the serial number of the base entry
+that the LR was computed over, so that a residual can never outlive its base entry: a new entry has a new serial.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lragent.serve.cache.slots import Slots
+
+Ints = npt.NDArray[np.int64]
+Namespace = tuple[str, ...]
+Accept = Callable[[int, Ints], npt.NDArray[np.bool_]]
+"""Of the entries from position `start` on with these tags: which may be read."""
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of elements without a branch.
+
+    `locks` counts the leases that end at this node or below it; a locked node is never evicted.
+    """
+
+    tokens: Ints
+    tags: Ints
+    slots: Slots
+    parent: Node | None
+    children: dict[int, list[Node]] = field(default_factory=dict)
+    locks: int = 0
+    last_used: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class RadixTree:
+    """Owns the slots that are in it, and nothing else: whoever takes slots out (evict) frees them in their pool."""
+
+    def __init__(self) -> None:
+        self._roots: dict[Namespace, Node] = {}
+        self._clock = 0
+        self.size = 0
+        """Elements in all namespaces together, which is the number of slots that the tree owns."""
+
+    def match(self, namespace: Namespace, tokens: Ints, accept: Accept) -> tuple[Slots, Ints, Node | None]:
+        """The longest cached prefix of `tokens` whose entries may be read.
+
+        Returns its slots, its tags, and the node that ends exactly there (None: nothing matched). Marks the path as
+        used; splits a node where the match ends inside it; changes nothing else. The node stays valid until the next
+        `evict` unless it is locked.
+        """
+        root = self._roots.get(namespace)
+        if root is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64), None
+        end, length = self._longest(root, 0, tokens, accept)
+        if end is root:
+            return np.empty(0, np.int64), np.empty(0, np.int64), None
+        depth = self._depth(end)
+        if length < depth:
+            end = self._split(end, len(end) - (depth - length))
+        self._touch(end)
+        path = list(self._path(end))[::-1]
+        return np.concatenate([n.slots for n in path]), np.concatenate([n.tags for n in path]), end
+
+    def _longest(self, node: Node, position: int, tokens: Ints, accept: Accept) -> tuple[Node, int]:
+        """The deepest readable match at or below `node`, whose own elements end at `position`."""
+        best = (node, position)
+        stack = [(node, position)]
+        while stack:
+            parent, start = stack.pop()
+            if start == len(tokens):
+                continue
+            for child in parent.children.get(int(tokens[start]), ()):
+                ahead = tokens[start : start + len(child)]
+                good = (child.tokens[: len(ahead)] == ahead) & accept(start, child.tags[: len(ahead)])
+                length = len(good) if good.all() else int(good.argmin())
+                if length == 0:
+                    continue
+                if start + length > best[1]:
+                    best = (child, start + length)
+                if length == len(child):
+                    stack.append((child, start + length))
+        return best
+
+    def insert(self, namespace: Namespace, tokens: Ints, tags: Ints, slots: Slots) -> tuple[Slots, Node | None]:
+        """Put a path into the tree, which takes ownership of the slots it did not know.
+
+        Returns the slots of the whole path as the tree has them (where it had an element already, its own slot: the
+        caller keeps the slot it offered) and the node at the path's end.
+        """
+        if not len(tokens):
+            return slots, None
+        node = self._roots.setdefault(namespace, _empty_root())
+        owned = slots.copy()
+        at = 0
+        while at < len(tokens):
+            child, length = self._exact_child(node, tokens[at:], tags[at:])
+            if child is None:
+                child = Node(tokens[at:].copy(), tags[at:].copy(), slots[at:].copy(), node)
+                node.children.setdefault(int(tokens[at]), []).append(child)
+                self.size += len(child)
+                length = len(child)
+            elif length < len(child):
+                child = self._split(child, length)
+            owned[at : at + length] = child.slots
+            node, at = child, at + length
+        self._touch(node)
+        return owned, node
+
+    def _exact_child(self, node: Node, tokens: Ints, tags: Ints) -> tuple[Node | None, int]:
+        for child in node.children.get(int(tokens[0]), ()):
+            if child.tags[0] == tags[0]:
+                length = min(len(child), len(tokens))
+                same = (child.tokens[:length] == tokens[:length]) & (child.tags[:length] == tags[:length])
+                return child, length if same.all() else int(same.argmin())
+        return None, 0
+
+    def lock(self, node: Node | None) -> None:
+        """Keep the path that ends at `node` until `unlock` with the same node. None is the empty path."""
+        for each in self._path(node):
+            each.locks += 1
+
+    def unlock(self, node: Node | None) -> None:
+        """Undo one `lock`."""
+        for each in self._path(node):
+            assert each.locks > 0, "unlock without lock"
+            each.locks -= 1
+
+    def evict(self, count: int) -> Slots:
+        """Take at least `count` slots out of the tree if so many are unlocked, the longest unused leaves first.
+
+        A leaf's end goes before its beginning, so that a prefix stays usable. The caller frees the slots.
+        """
+        order = itertools.count()  # nodes do not compare: it breaks ties
+        heap = [(leaf.last_used, next(order), leaf) for leaf in self._leaves() if not leaf.locks]
+        heapq.heapify(heap)
+        taken: list[Slots] = []
+        missing = count
+        while missing > 0 and heap:
+            _, _, leaf = heapq.heappop(heap)
+            keep = max(0, len(leaf) - missing)
+            taken.append(leaf.slots[keep:])
+            missing -= len(leaf) - keep
+            self.size -= len(leaf) - keep
+            if keep:
+                leaf.tokens, leaf.tags, leaf.slots = leaf.tokens[:keep], leaf.tags[:keep], leaf.slots[:keep]
+                continue
+            parent = self._remove(leaf)
+            if parent is not None and parent.parent is not None and not parent.children and not parent.locks:
+                heapq.heappush(heap, (parent.last_used, next(order), parent))
+        return np.concatenate(taken) if taken else np.empty(0, np.int64)
+
+    def _remove(self, leaf: Node) -> Node | None:
+        parent = leaf.parent
+        assert parent is not None
+        siblings = parent.children[int(leaf.tokens[0])]
+        siblings.remove(leaf)
+        if not siblings:
+            del parent.children[int(leaf.tokens[0])]
+        if parent.parent is None and not parent.children:
+            self._roots = {name: root for name, root in self._roots.items() if root is not parent}
+        return parent
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut `node` so that its first `at` elements are a node of their own, which is returned.
+
+        `node` stays the lower part: whoever locked it still holds the whole path.
+        """
+        assert node.parent is not None
+        assert 0 < at < len(node)
+        upper = Node(node.tokens[:at], node.tags[:at], node.slots[:at], node.parent, {}, node.locks, node.last_used)
+        siblings = node.parent.children[int(node.tokens[0])]
+        siblings[siblings.index(node)] = upper
+        node.tokens, node.tags, node.slots = node.tokens[at:], node.tags[at:], node.slots[at:]
+        node.parent = upper
+        upper.children[int(node.tokens[0])] = [node]
+        return upper
+
+    def _touch(self, node: Node) -> None:
+        self._clock += 1
+        for each in self._path(node):
+            each.last_used = self._clock
+
+    @staticmethod
+    def _path(node: Node | None) -> Iterator[Node]:
+        """From `node` up, without the root."""
+        while node is not None and node.parent is not None:
+            yield node
+            node = node.parent
+
+    def _depth(self, node: Node) -> int:
+        return sum(len(each) for each in self._path(node))
+
+    def _nodes(self) -> Iterator[tuple[Namespace, Node]]:
+        for name, root in self._roots.items():
+            stack = [child for group in root.children.values() for child in group]
+            while stack:
+                node = stack.pop()
+                yield name, node
+                stack.extend(child for group in node.children.values() for child in group)
+
+    def _leaves(self) -> Iterator[Node]:
+        return (node for _, node in self._nodes() if not node.children)
+
+    def locked_size(self) -> int:
+        """Elements that cannot be evicted now."""
+        return sum(len(node) for _, node in self._nodes() if node.locks)
+
+    def all_slots(self) -> Slots:
+        """Every slot that the tree owns."""
+        parts = [node.slots for _, node in self._nodes()]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError on a broken link, an ambiguous branch, a shared slot or a wrong count."""
+        total = 0
+        for _, node in self._nodes():
+            assert node.parent is not None
+            assert len(node) == len(node.tags) == len(node.slots) > 0, "a node's columns differ in length"
+            assert node in node.parent.children[int(node.tokens[0])], "a node hangs under the wrong token"
+            below = [child for group in node.children.values() for child in group]
+            heads = {(int(child.tokens[0]), int(child.tags[0])) for child in below}
+            assert len(heads) == len(below), "two children begin with the same element"
+            assert all(child.parent is node for child in below), "a child names another parent"
+            assert node.locks >= max((child.locks for child in below), default=0), "a locked child under a free node"
+            total += len(node)
+        assert total == self.size, "the tree's size is wrong"
+        slots = self.all_slots()
+        assert len(np.unique(slots)) == len(slots), "one slot stands in two places"
+
+
+def _empty_root() -> Node:
+    nothing = np.empty(0, np.int64)
+    return Node(nothing, nothing, nothing, None)
