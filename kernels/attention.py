@@ -4,7 +4,8 @@ Attention is linear in its values, so with `V = V_base + LR B` (B of the *reader
 `O = P V_base + (P LR) B`, with `P = softmax(q K^T / sqrt(D))` (Flash-LoRA-Attention of LRAgent, arXiv 2602.01053).
 
 Shapes: query [Hq, Tq, D]; key, value [Hkv, Tk, D]; low [Tk, r], the LR cache; up [n_roles, r, Hkv * D], the roles' `B`
-transposed, scaling folded in; roles [Tq], the reader of each query, 0 = base. Queries sit at the end of the context
+transposed, scaling folded in; roles [Tq], the reader of each query, 0 = base
+(an int where all queries have the same). Queries sit at the end of the context
 unless `positions` [Tq] says where; keys sit at 0..Tk-1. `window` is the sliding window of Mistral: a query sees itself
 and the `window - 1` tokens before it. Results are [Tq, Hq, D].
 """
@@ -66,7 +67,7 @@ def lora_attention(
     value: torch.Tensor,
     low: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
-    roles: torch.Tensor | None = None,
+    roles: torch.Tensor | int | None = None,
     *,
     scale: float,
     positions: torch.Tensor | None = None,
@@ -89,7 +90,8 @@ def lora_attention(
     scores = torch.bmm(folded, key.transpose(1, 2)) * scale  # [Hkv, G * Tq, Tk]
     if mask is not None:
         scores = scores.view(kv_heads, group, tokens, keys).masked_fill(~mask, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype).view(kv_heads, group * tokens, keys)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=exact).to(value.dtype).view(kv_heads, group * tokens, keys)
     out = torch.bmm(weights, value).view(kv_heads, group, tokens, dim)
     if low is not None and up is not None and roles is not None:
         low_out = (weights.reshape(-1, keys) @ low).view(kv_heads, group, tokens, -1)
@@ -103,7 +105,7 @@ def _widened(
     value: torch.Tensor,
     low: torch.Tensor | None,
     up: torch.Tensor | None,
-    roles: torch.Tensor | None,
+    roles: torch.Tensor | int | None,
     scale: float,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
