@@ -1,0 +1,211 @@
+"""Training's projections: PEFT's LoRA layers, one adapter per role, with one and the same `A` under every role's name.
+
+PEFT makes the adapters (its config, its injection, its initialisation) and everything that reads PEFT models still
+works on them. Tying is by module: `lora_A[role]` is the same `nn.Linear` for every role, so there is one parameter,
+which the optimizer meets once. Which role's `B` applies is said by the router, per token, and not by PEFT's active
+adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from lragent.adapter_set import TARGETS, check_role_name
+from lragent.errors import LRAgentError, UserError
+from lragent.kernels.low_rank import role_up
+from lragent.routing import Router
+
+
+class TiedLoraLinear(LoraLinear):
+    """`W x + s B_role A x`, the role chosen per token by the router's route; made by PEFT, completed by `tie`.
+
+    Adapter weights may be kept in float32 over a base in another dtype: the product is computed in the dtype of the
+    hidden states, as it will be when served. Where the route splits this projection, `forward` returns `W x` alone and
+    keeps `A x` for attention (`take_low`).
+    """
+
+    kind: str
+    router: Router
+    roles: tuple[str, ...]
+    _low: torch.Tensor | None
+
+    def tie(self, kind: str, roles: Sequence[str], router: Router) -> None:
+        """Put the first role's `A` under every role's name. kind: the projection's own name, such as `q_proj`."""
+        self.kind, self.roles, self.router, self._low = kind, tuple(roles), router, None
+        for role in self.roles[1:]:
+            self.lora_A[role] = self.lora_A[self.roles[0]]
+
+    @property
+    def shared_a(self) -> nn.Parameter:
+        """[r, d_in]"""
+        weight: nn.Parameter = self.lora_A[self.roles[0]].weight
+        return weight
+
+    @property
+    def role_b(self) -> list[nn.Parameter]:
+        """[d_out, r] for each role, unscaled."""
+        return [self.lora_B[role].weight for role in self.roles]
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """x: [..., T, d_in]. Returns [..., T, d_out]."""
+        out: torch.Tensor = self.base_layer(x)
+        route = self.router.route
+        if self.kind in route.split:
+            self._low = self._down(x)
+            return out
+        if route.uniform == 0:
+            return out
+        return out + role_up(self._down(x), self.reader_up().to(x.dtype), route.roles)
+
+    def _down(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.lora_dropout[self.roles[0]](x), self.shared_a.to(x.dtype))
+
+    def take_low(self) -> torch.Tensor:
+        """The low-rank activation [..., T, r] of the forward pass now running; it can be taken once."""
+        low, self._low = self._low, None
+        assert low is not None, "take_low() before forward(), or twice"
+        return low
+
+    def reader_up(self) -> torch.Tensor:
+        """[n_roles, r, d_out]: every role's `B`, transposed and scaled. Differentiable."""
+        scaled = [b * self.scaling[role] for role, b in zip(self.roles, self.role_b, strict=True)]
+        return torch.stack(scaled).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class RoleModel:
+    """A model with one tied adapter per role, ready to be trained.
+
+    model: the PEFT model; call it under `router.use(route)`. modules: by the module's path in the transformers model.
+    """
+
+    model: PeftModel
+    router: Router
+    roles: tuple[str, ...]
+    modules: dict[str, TiedLoraLinear]
+    rank: int
+    alpha: float
+    rslora: bool
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last names of the adapted modules, in the order of `TARGETS`."""
+        kinds = {module.kind for module in self.modules.values()}
+        return tuple(target for target in TARGETS if target in kinds)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Every shared A, once, and every B."""
+        return [p for module in self.modules.values() for p in (module.shared_a, *module.role_b)]
+
+    def split(self) -> frozenset[str]:
+        """The projections that attention applies as the reader's when a trajectory is processed once for all roles.
+
+        Raises UserError where `k_proj` is adapted and the model normalises keys after the projection.
+        """
+        split = frozenset({"k_proj", "v_proj"} & set(self.targets))
+        if "k_proj" in split:
+            for path, module in self.model.get_base_model().named_modules():
+                if path.endswith("self_attn") and getattr(module, "k_norm", None) is not None:
+                    raise UserError(
+                        f"`targets` names k_proj, but {type(module).__name__} normalises keys after the projection; "
+                        "take k_proj out of `targets`, or train with `objective: per_role`."
+                    )
+        return split
+
+    def unfreeze(self) -> None:
+        """Let A and every B learn, and nothing else: PEFT's `set_adapter` freezes what the active adapter has not."""
+        self.model.requires_grad_(False)
+        for parameter in self.adapter_parameters():
+            parameter.requires_grad_(True)
+        self.check()
+
+    def check(self) -> None:
+        """Raise LRAgentError unless A is one parameter under every role's name and exactly the adapters learn."""
+        for path, module in self.modules.items():
+            if any(module.lora_A[role].weight is not module.shared_a for role in self.roles):
+                raise LRAgentError(f"{path}: the shared A is no longer tied across the roles.")
+        adapters = {id(parameter) for parameter in self.adapter_parameters()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad != (id(parameter) in adapters):
+                state = "learns" if parameter.requires_grad else "is frozen"
+                raise LRAgentError(f"{name} {state}: call `unfreeze()` after PEFT's `set_adapter`.")
+
+
+def build_role_model(
+    model: nn.Module,
+    roles: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    layers: Sequence[int] | None = None,
+    rslora: bool = False,
+) -> RoleModel:
+    """Inject one adapter per role into `model`, in place, and tie their A.
+
+    PEFT keeps the adapter weights in float32 where the base is in a shorter dtype.
+    Roles get the indices 1, 2, … in the order given. layers: the decoder layers to adapt, None = all. A starts as PEFT
+    starts it, B at zero, both from torch's global random state.
+    Raises UserError for role names, targets or layers that the model cannot have.
+    """
+    if not roles:
+        raise UserError("`roles` is empty: name at least one role.")
+    for i, role in enumerate(roles):
+        check_role_name(role)
+        if role in roles[:i]:
+            raise UserError(f"`roles` names {role!r} twice.")
+    _check_targets(model, targets, layers)
+
+    def config() -> LoraConfig:
+        made = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            layers_to_transform=None if layers is None else list(layers),
+            use_rslora=rslora,
+        )
+        made._register_custom_module({nn.Linear: TiedLoraLinear})
+        return made
+
+    router = Router()
+    peft_model = get_peft_model(model, config(), adapter_name=roles[0])
+    for role in roles[1:]:
+        peft_model.add_adapter(role, config())
+
+    modules = {}
+    for path, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, LoraLinear):
+            if not isinstance(module, TiedLoraLinear):
+                raise UserError(f"{path}: a {type(module).__name__} cannot be adapted with a shared A yet.")
+            module.tie(path.rpartition(".")[2], roles, router)
+            modules[path] = module
+    built = RoleModel(peft_model, router, tuple(roles), modules, rank, float(alpha), rslora)
+    built.unfreeze()
+    return built
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str], layers: Sequence[int] | None) -> None:
+    if not targets:
+        raise UserError("`targets` is empty: name at least one of " + ", ".join(TARGETS) + ".")
+    present = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if target not in TARGETS:
+            raise UserError(f"`targets` names {target!r}, which cannot be adapted; choose from {', '.join(TARGETS)}.")
+        if target not in present:
+            raise UserError(f"`targets` names {target!r}, but {type(model).__name__} has no such projection.")
+    count = getattr(model.config, "num_hidden_layers", None)
+    for layer in layers or ():
+        if count is not None and not 0 <= layer < count:
+            raise UserError(f"`layers` names layer {layer}; the model has layers 0 to {count - 1}.")
+    if layers is not None and not layers:
+        raise UserError("`layers` is empty: leave it out to adapt all layers.")
