@@ -71,6 +71,6 @@ class Context:
     tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def tokenize(self, work: Callable[[], T]) -> T:
-        """Run `work`, which uses the tokenizer, off the event loop; one at a time, as tokenizers are not thread-safe."""
+        """Run `work`, which uses the tokenizer, off the event loop; one at a time: tokenizers are not thread-safe."""
         async with self.tokenizing:
             return await asyncio.to_thread(work)

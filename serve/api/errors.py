@@ -42,6 +42,12 @@ class ApiError(Exception):
 _KINDS = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
+def shown(value: Any) -> str:
+    """`value` as an error message shows it: never long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def bad_request(message: str, *, code: str | None = None) -> ApiError:
     """A 400 whose `param` is the field that `message` begins with (`temperature: must be …`)."""
     named = _FIELD.match(message)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from lragent.errors import UserError
+from lragent.serve.api.errors import shown
 from lragent.serve.api.unsupported import check_unsupported
 from lragent.serve.engine.types import SamplingParams
 
@@ -95,7 +95,8 @@ class TextRequest(BaseModel):
 class ChatRequest(TextRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[Text, Any]], Field(min_length=1)]
+    messages: list[Any]
+    """As they came: the renderer checks them."""
     max_completion_tokens: Whole | None = None
 
     def requested_tokens(self) -> tuple[str, int | None]:
@@ -103,9 +104,14 @@ class ChatRequest(TextRequest):
             return "max_completion_tokens", self.max_completion_tokens
         return super().requested_tokens()
 
-    def given_messages(self) -> list[dict[str, Any]]:
+    def given_messages(self) -> list[Any]:
         """The messages without their null fields: clients append answers as they were parsed, gaps and all."""
-        return [{key: value for key, value in message.items() if value is not None} for message in self.messages]
+        return [
+            {key: value for key, value in message.items() if value is not None}
+            if isinstance(message, dict)
+            else message
+            for message in self.messages
+        ]
 
 
 class CompletionRequest(TextRequest):
@@ -160,7 +166,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{name}: is missing."
     problem = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     problem = problem[0].lower() + problem[1:]
-    return f"{name}: {problem}, not {_shown(first['input'])}."
+    return f"{name}: {problem}, not {shown(first['input'])}."
 
 
 def _path(location: Sequence[str | int]) -> str:
@@ -168,10 +174,3 @@ def _path(location: Sequence[str | int]) -> str:
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

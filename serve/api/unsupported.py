@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lragent.errors import UserError
+from lragent.serve.api.errors import shown
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -63,14 +64,9 @@ def check_unsupported(body: Mapping[str, Any]) -> None:
         if value is None or any(_same(value, each) for each in neutral):
             continue
         instead = f" or send {' or '.join(map(repr, neutral))}" if neutral else ""
-        raise UserError(f"{name}: {_shown(value)} is not supported yet; leave it out{instead}.")
+        raise UserError(f"{name}: {shown(value)} is not supported yet; leave it out{instead}.")
 
 
 def _same(value: Any, neutral: Any) -> bool:
     """Equal, where a bool is not a number."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

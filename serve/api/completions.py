@@ -1,0 +1,96 @@
+"""POST /v1/completions: texts or token ids continued by one role, whole or streamed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lragent.serve.api.body import read_json
+from lragent.serve.api.context import Context
+from lragent.serve.api.generation import gather_answers, interleave, until_gone, usage_body
+from lragent.serve.api.models import resolve_role
+from lragent.serve.api.schema import CompletionRequest, parse_request
+from lragent.serve.api.sse import DONE, EventStream, event
+from lragent.serve.engine.types import GenerationRequest, Prompt, Usage
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+
+def completions_router(context: Context) -> APIRouter:
+    """The endpoint, over `context`."""
+    router = APIRouter()
+
+    @router.post("/v1/completions", response_model=None)
+    async def create_completion(request: Request) -> Response:
+        asked = parse_request(CompletionRequest, await read_json(request, context.max_body_bytes))
+        head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+        generations = await _prepare(context, asked, head["id"])
+        if asked.stream:
+            return EventStream(_events(context, asked, head, generations))
+        answers = await until_gone(request.receive, gather_answers(context.service, generations))
+        choices = [_choice(i, answer.text, answer.finish_reason.value) for i, answer in enumerate(answers)]
+        return JSONResponse(head | {"choices": choices, "usage": usage_body([answer.usage for answer in answers])})
+
+    return router
+
+
+async def _prepare(context: Context, asked: CompletionRequest, request_id: str) -> list[GenerationRequest]:
+    """One request per prompt, in their order. Raises UserError."""
+    service = context.service
+    role = resolve_role(service, asked.model)
+    asked.check_length(service.max_model_len)
+    params = asked.sampling(default_max_tokens=DEFAULT_MAX_TOKENS)
+    prompts = asked.prompts()
+
+    def tokenize() -> list[tuple[int, ...]]:
+        special = asked.add_special_tokens is not False
+        return [
+            tuple(service.tokenizer(each, add_special_tokens=special)["input_ids"]) if isinstance(each, str) else each
+            for each in prompts
+        ]
+
+    return [
+        GenerationRequest(
+            request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+            role=role,
+            prompt=Prompt(token_ids),
+            params=params,
+            salt=asked.salt,
+        )
+        for index, token_ids in enumerate(await context.tokenize(tokenize))
+    ]
+
+
+async def _events(
+    context: Context, asked: CompletionRequest, head: dict[str, Any], generations: list[GenerationRequest]
+) -> AsyncGenerator[bytes, None]:
+    if asked.include_usage:
+        head = head | {"usage": None}
+    usages: list[Usage] = []
+    async with aclosing(interleave(context.service, generations)) as pieces:
+        async for index, chunk in pieces:
+            if chunk.usage is not None:
+                usages.append(chunk.usage)
+            if chunk.text or chunk.finish_reason is not None:
+                finish_reason = None if chunk.finish_reason is None else chunk.finish_reason.value
+                yield event(head | {"choices": [_choice(index, chunk.text, finish_reason)]})
+    if asked.include_usage:
+        yield event(head | {"choices": [], "usage": usage_body(usages)})
+    yield DONE
+
+
+def _choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}

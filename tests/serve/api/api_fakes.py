@@ -1,0 +1,183 @@
+"""An engine service without a model, and a server on loopback around any service."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lragent.errors import UserError
+from lragent.serve.api.app import create_app
+from lragent.serve.api.context import Service
+from lragent.serve.api.server import Server, address_of, bind
+from lragent.serve.api.settings import ServeSettings
+from lragent.serve.engine.types import (
+    Chunk,
+    EngineDeadError,
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    QueueFullError,
+    RoleCard,
+    UnknownRoleError,
+    Usage,
+)
+
+BOS = 1
+FIRST_BYTE = 3
+
+
+class FakeTokenizer:
+    """A token per byte; special tokens are one BOS in front."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [BOS] * add_special_tokens + [byte + FIRST_BYTE for byte in text.encode("utf-8")]}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(t - FIRST_BYTE for t in token_ids if t >= FIRST_BYTE).decode("utf-8", "replace")
+
+
+class FakePrompts:
+    """Renders a chat as `role(name)|content` turns, and checks as much as its tests need."""
+
+    def prepare(self, messages: Sequence[Mapping[str, Any]], role: str, salt: str) -> Prompt:
+        text = ""
+        for at, message in enumerate(messages):
+            if message.get("role") not in ("system", "user", "assistant", "tool"):
+                raise UserError(f"messages[{at}].role: is {message.get('role')!r}; use one of user, assistant.")
+            content = message["content"]
+            if isinstance(content, list):
+                content = "".join(part["text"] for part in content)
+            text += f"{message['role']}({message.get('name', '')})|{content}\n"
+        return Prompt(tuple(FakeTokenizer()(text, False)["input_ids"]), opening=2)
+
+
+class FakeService:
+    """Answers with `<role>:<prompt>`, a character at a time, from a thread of its own.
+
+    A prompt that holds QUEUE, DEAD or BUG raises before the first chunk; BREAK breaks off after three chunks, EXPLODE
+    raises there; ENDLESS goes on until it is cancelled or the service is stopped.
+    """
+
+    model_name = "org/tiny"
+    max_model_len = 4000
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+        self.roles = [RoleCard("base", None, "/models/tiny", None)] + [
+            RoleCard(name, "org/tiny", f"/packs/team#{name}", f"digest-{name}") for name in ("plan", "action")
+        ]
+        self.tokenizer = FakeTokenizer()
+        self.chat_prompts = FakePrompts()
+        self.requests: list[GenerationRequest] = []
+        self.running: set[str] = set()
+        self.cancelled: set[str] = set()
+        self.stopped = threading.Event()
+
+    @property
+    def alive(self) -> bool:
+        return self.failure is None and not self.stopped.is_set()
+
+    def stop(self, drain: bool, timeout_s: float) -> None:
+        self.stopped.set()
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        text = self.tokenizer.decode(request.prompt.token_ids)
+        self._refuse(request, text)
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Chunk] = asyncio.Queue()
+        gone = threading.Event()
+
+        def generate() -> None:
+            for chunk in self._chunks(request, text, gone):
+                loop.call_soon_threadsafe(queue.put_nowait, chunk)
+
+        threading.Thread(target=generate, daemon=True).start()
+        ended = False
+        try:
+            while not ended:
+                chunk = await queue.get()
+                ended = chunk.finish_reason is not None
+                if "EXPLODE" in text and chunk.text == "n":
+                    raise RuntimeError("a secret of the machine")
+                yield chunk
+        finally:
+            gone.set()
+            self.running.discard(request.request_id)
+            if not ended:
+                self.cancelled.add(request.request_id)
+
+    def _refuse(self, request: GenerationRequest, text: str) -> None:
+        if not self.alive or "DEAD" in text:
+            raise EngineDeadError(f"The engine has stopped: {self.failure}.")
+        if request.role not in [card.name for card in self.roles]:
+            raise UnknownRoleError(f"role: {request.role!r} is not loaded.")
+        if "QUEUE" in text:
+            raise QueueFullError("9 requests wait already; try again in a moment.")
+        if "BUG" in text:
+            raise RuntimeError("a secret of the machine")
+        if not request.prompt.token_ids or len(request.prompt.token_ids) >= self.max_model_len:
+            raise UserError(f"prompt: has {len(request.prompt.token_ids)} tokens, must have 1 to {self.max_model_len}.")
+
+    def _chunks(self, request: GenerationRequest, text: str, gone: threading.Event) -> Iterator[Chunk]:
+        limit = request.params.max_tokens
+        generated = 0
+        for letter in self._letters(request, text):
+            if gone.is_set():
+                return
+            if generated == 3 and "BREAK" in text:
+                yield Chunk(finish_reason=FinishReason.ERROR, error="The cache is out of slots.")
+                return
+            if self.stopped.is_set():
+                yield Chunk(finish_reason=FinishReason.CANCELLED, error="The server is stopping.")
+                return
+            generated += 1
+            yield Chunk(letter, (ord(letter),))
+            if generated == limit:
+                yield Chunk(finish_reason=FinishReason.LENGTH, usage=self._usage(request, generated))
+                return
+        yield Chunk(finish_reason=FinishReason.STOP, usage=self._usage(request, generated))
+
+    def _letters(self, request: GenerationRequest, text: str) -> Iterator[str]:
+        yield from f"{request.role}:{text}"
+        while "ENDLESS" in text:
+            time.sleep(0.01)
+            yield "."
+
+    def _usage(self, request: GenerationRequest, generated: int) -> Usage:
+        prompt = len(request.prompt.token_ids)
+        reused = min(prompt - 1, 5)
+        return Usage(prompt, generated, prompt - reused + 2, reused, lr_reused=reused - 2, lr_prefilled=2)
+
+
+@contextmanager
+def live_server(service: Service, settings: ServeSettings | None = None) -> Iterator[str]:
+    """Serve `service` on a free loopback port, in a thread; gives the URL."""
+    settings = settings or ServeSettings(port=0)
+    sock = bind("127.0.0.1", 0)
+    sock.listen()
+    ready = threading.Event()
+    server = Server(create_app(service, settings), service, settings, lambda _url: ready.set())
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    url = address_of(sock)
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def wait_until(holds: Any, timeout_s: float = 5.0) -> None:
+    """Wait for `holds()`, or fail."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, "it did not come to hold in time"
+        time.sleep(0.01)
