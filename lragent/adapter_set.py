@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -35,6 +36,10 @@ PrefixWriterName = Literal["base", "first"]
 _ROLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+class UnknownBaseWarning(UserWarning):
+    """Adapters that do not say which base they were made for are taken on trust."""
+
+
 def check_role_name(name: str) -> None:
     """Raise `UserError` unless `name` can name a role: it becomes a folder, a PEFT adapter and a model id."""
     if name == "base":
@@ -44,6 +49,11 @@ def check_role_name(name: str) -> None:
             f"the role name {name!r} is not allowed: use 1 to 64 letters, digits, '_' or '-', "
             "beginning with a letter or digit"
         )
+
+
+def natural_key(path: str) -> list[tuple[int, int, str]]:
+    """Sort key under which `layers.2` comes before `layers.10`."""
+    return [(0, len(s), s) if s.isdecimal() else (1, 0, s) for s in re.split(r"(\d+)", path)]
 
 
 @dataclass(frozen=True)
@@ -230,6 +240,26 @@ class AdapterSet:
             for i, role in enumerate(self.roles):
                 if not torch.isfinite(self.role_b[path][i]).all():
                     raise UserError(f"the B of role {role.name!r} at {path} holds NaN or Inf")
+
+    def check_base(self, expect_fingerprint: str | None) -> None:
+        """Raise `UserError` where the adapters were made for another base than the one with this fingerprint.
+
+        Adapters without a fingerprint are taken with an `UnknownBaseWarning`; None expects nothing.
+        """
+        if expect_fingerprint is None or self.base_fingerprint == expect_fingerprint:
+            return
+        if self.base_fingerprint is None:
+            warnings.warn(
+                f"the adapters of {', '.join(self.role_names)} do not record the base that they were made for "
+                f"(it is called {self.base_model!r}); they are used on trust",
+                UnknownBaseWarning,
+                stacklevel=2,
+            )
+            return
+        raise UserError(
+            f"the adapters were made for another base, {self.base_model!r} with fingerprint "
+            f"{self.base_fingerprint[:12]}…, and this base has {expect_fingerprint[:12]}…; load that base"
+        )
 
     def _validate_names(self) -> None:
         if not self.roles:
