@@ -32,15 +32,20 @@ def role_up(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor) -> torch.T
     return spread @ up.reshape(n_roles * rank, d_out)
 
 
-def role_up_heads(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+def role_up_heads(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor | int) -> torch.Tensor:
     """The same for attention's low-rank accumulator, whose `B` differs by KV head.
 
-    low: [Hkv, G, T, r] (`P @ LR` per query head); up: [n_roles, r, Hkv * D]; roles: [T].
+    low: [Hkv, G, T, r] (`P @ LR` per query head); up: [n_roles, r, Hkv * D]; roles: [T], or the one role of all.
     Returns [Hkv, G, T, D]; differentiable.
     """
-    kv_heads, group, tokens, rank = low.shape
+    kv_heads, group, tokens, _ = low.shape
     n_roles = up.shape[0]
-    onehot = roles.unsqueeze(-1) == torch.arange(1, n_roles + 1, device=roles.device)  # [T, n_roles]
-    spread = (onehot.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [Hkv, G, T, n_roles * r]
-    per_head = up.reshape(n_roles * rank, kv_heads, -1).transpose(0, 1)  # [Hkv, n_roles * r, D]
+    if isinstance(roles, int):
+        if roles == 0:
+            return low.new_zeros(kv_heads, group, tokens, up.shape[2] // kv_heads)
+        spread, up = low, up[roles - 1]
+    else:
+        onehot = roles.unsqueeze(-1) == torch.arange(1, n_roles + 1, device=roles.device)  # [T, n_roles]
+        spread = (onehot.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [Hkv, G, T, n_roles * r]
+    per_head = up.reshape(spread.shape[-1], kv_heads, -1).transpose(0, 1)  # [Hkv, n_roles * r, D]
     return torch.bmm(spread.reshape(kv_heads, group * tokens, -1), per_head).reshape(kv_heads, group, tokens, -1)

@@ -9,7 +9,7 @@ training and serving is one object.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -39,6 +39,24 @@ class AttentionPass(Protocol):
     ) -> torch.Tensor:
         """query: [Hq, T, D] rotated; key: [Hkv, T, D] rotated; value: [Hkv, T, D]. Returns [T, Hq, D]."""
         ...
+
+
+class SplitProjection(Protocol):
+    """A projection that can leave its low-rank part to attention (`RoleLinear`, and its counterpart in training)."""
+
+    def take_low(self) -> torch.Tensor:
+        """The low-rank activation [1, T, r] of the forward pass now running; it can be taken once."""
+        ...
+
+    def reader_up(self) -> torch.Tensor:
+        """[n_roles, r, d_out]: `B` of every role, transposed, scaling folded in."""
+        ...
+
+
+def split_projection(layer: nn.Module, kind: str, route: Route) -> SplitProjection | None:
+    """The projection `kind` of an attention layer, where the route splits it; None too where it has no adapter."""
+    projection = getattr(layer, kind, None)
+    return cast(SplitProjection, projection) if kind in route.split and hasattr(projection, "take_low") else None
 
 
 def register_attention() -> None:
@@ -90,22 +108,22 @@ class PackedPass:
         window: int | None,
     ) -> torch.Tensor:
         """See AttentionPass."""
-        low_v = layer.v_proj.take_low()[0] if "v_proj" in self.route.split else None
-        up_v = layer.v_proj.reader_up() if low_v is not None else None
-        low_k = layer.k_proj.take_low()[0] if "k_proj" in self.route.split else None
+        v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
+        low_v, up_v = (v_proj.take_low()[0], v_proj.reader_up()) if v_proj else (None, None)
+        low_k = k_proj.take_low()[0] if k_proj else None
         parts = []
         for start, end in self.spans:
             part = slice(start, end)
             readers = self.route.roles[part]
             args = (value[:, part], None if low_v is None else low_v[part], up_v)
-            if low_k is None:
+            if k_proj is None or low_k is None:
                 parts.append(lora_attention(query[:, part], key[:, part], *args, readers, scale=scale, window=window))
                 continue
             assert self.rope is not None, "a split k_proj needs the rotary embedding"
             cos, sin = self.rope
             parts.append(
                 attend_by_reader(
-                    query[:, part], key[:, part], low_k[part], layer.k_proj.reader_up(), (cos[part], sin[part]), *args,
+                    query[:, part], key[:, part], low_k[part], k_proj.reader_up(), (cos[part], sin[part]), *args,
                     readers, scale=scale, window=window,
                 )
             )  # fmt: skip

@@ -57,13 +57,19 @@ class RoleLinear(nn.Module):
 def install_roles(model: nn.Module, adapters: AdapterSet, router: Router) -> None:
     """Replace every projection that `adapters` name by a `RoleLinear`, in place; the base weights stay as they are.
 
-    Raises AttributeError where a module is missing: check the pack against the model first.
+    Ranks that differ by module are padded with zeros to the largest of that kind, so that all layers' LR caches have
+    one shape. Raises AttributeError where a module is missing: check the pack against the model first.
     """
+    ranks: dict[str, int] = {}
+    for path, shared_a in adapters.shared_a.items():
+        kind = path.rpartition(".")[2]
+        ranks[kind] = max(ranks.get(kind, 0), shared_a.shape[0])
     for path, shared_a in adapters.shared_a.items():
         base = model.get_submodule(path)
         parent, _, kind = path.rpartition(".")
         weight = next(base.parameters())
         place = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.bfloat16}
-        down = shared_a.to(**place)
-        up = adapters.scaled_b(path).transpose(1, 2).contiguous().to(**place)
+        missing = ranks[kind] - shared_a.shape[0]
+        down = F.pad(shared_a, (0, 0, 0, missing)).to(**place)
+        up = F.pad(adapters.scaled_b(path).transpose(1, 2), (0, 0, 0, missing)).contiguous().to(**place)
         setattr(model.get_submodule(parent), kind, RoleLinear(base, kind, down, up, router))

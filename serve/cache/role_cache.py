@@ -183,27 +183,25 @@ class RoleCache:
         Where another sequence has handed in the same entries meanwhile, the lease goes on with theirs.
         """
         part = slice(0, length)
-        namespace = self._base_namespace(lease.reader, lease.salt)
-        owned, node = self.base_tree.insert(namespace, lease.tokens[part], lease.tags[part], lease.base_slots[part])
-        self.base_tree.lock(node)
-        self.base_tree.unlock(lease.node)
-        doubles = lease.base_slots[part][owned != lease.base_slots[part]]
-        lease.base_slots[part], lease.node, lease.committed = owned, node, length
-        if self.own_residuals:
-            serials = self.base_pool.serial[owned]
-            owned, node = self.lr_tree.insert(
-                self._lr_namespace(lease), lease.tokens[part], serials, lease.lr_slots[part]
-            )
+        tokens = lease.tokens[part]
+        if length > lease.committed:
+            namespace = self._base_namespace(lease.reader, lease.salt)
+            owned, node = self.base_tree.insert(namespace, tokens, lease.tags[part], lease.base_slots[part])
+            self.base_tree.lock(node)
+            self.base_tree.unlock(lease.node)
+            self.base_pool.free(lease.base_slots[part][owned != lease.base_slots[part]])
+            lease.base_slots[part], lease.node, lease.committed = owned, node, length
+        if self.own_residuals and length > lease.lr_committed:
+            serials = self.base_pool.serial[lease.base_slots[part]]
+            owned, node = self.lr_tree.insert(self._lr_namespace(lease), tokens, serials, lease.lr_slots[part])
             self.lr_tree.lock(node)
             self.lr_tree.unlock(lease.lr_node)
             self.lr_pool.free(lease.lr_slots[part][owned != lease.lr_slots[part]])
             lease.lr_slots[part], lease.lr_node, lease.lr_committed = owned, node, length
-        self.base_pool.free(doubles)
 
     def close(self, lease: Lease, length: int) -> None:
         """End a lease of which the first `length` positions are computed: they stay cached, all else is freed."""
-        if length > lease.committed or (self.own_residuals and length > lease.lr_committed):
-            self.commit(lease, length)
+        self.commit(lease, length)
         self.base_pool.free(lease.base_slots[lease.committed :])
         self.base_tree.unlock(lease.node)
         if self.own_residuals:

@@ -1,0 +1,72 @@
+"""From generated ids to text, piece by piece, without ever sending half a character or part of a stop string."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"
+"""What decoding yields for bytes that are not (yet) a character."""
+
+
+class Detokenizer:
+    """The text of one answer.
+
+    Tokens are decoded in a window that begins a few tokens back, since what a token says can depend on the one before.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._window = 0
+        self._decoded = 0
+        self.text = ""
+        """All text so far, without a stop string."""
+        self._sent = 0
+        self.stopped = False
+        """Whether a stop string was met."""
+
+    def push(self, token: int) -> str:
+        """Take one more token; returns the text that is certain now."""
+        self._ids.append(token)
+        before = self._decode(self._window, self._decoded)
+        after = self._decode(self._window, len(self._ids))
+        if after.endswith(REPLACEMENT):
+            return ""
+        self._window, self._decoded = self._decoded, len(self._ids)
+        return self._add(after[len(before) :])
+
+    def finish(self) -> str:
+        """The answer has ended: returns all text that was held back."""
+        if not self.stopped:
+            before = self._decode(self._window, self._decoded)
+            self._add(self._decode(self._window, len(self._ids))[len(before) :])
+        piece, self._sent = self.text[self._sent :], len(self.text)
+        return piece
+
+    def _decode(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(
+            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _add(self, piece: str) -> str:
+        searched = max(0, len(self.text) - max((len(stop) for stop in self._stop), default=0))
+        self.text += piece
+        found = [at for at in (self.text.find(stop, searched) for stop in self._stop) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.stopped = True
+        safe = len(self.text) if self.stopped else len(self.text) - self._could_begin_stop()
+        sent, self._sent = self._sent, max(self._sent, safe)
+        return self.text[sent : self._sent]
+
+    def _could_begin_stop(self) -> int:
+        """How many of the last characters might be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,245 @@
+"""The engine: requests in, chunks of text out, one step at a time. Knows no threads and no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lragent.errors import UserError
+from lragent.modes import SharingMode
+from lragent.serve.cache.role_cache import RoleCache
+from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.runner import Runner
+from lragent.serve.engine.sampler import Sampler
+from lragent.serve.engine.scheduler import Scheduler
+from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
+from lragent.serve.engine.turns import TurnMemory
+from lragent.serve.engine.types import (
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    QueueFullError,
+    UnknownRoleError,
+)
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """max_context: tokens of prompt and answer together. max_waiting: requests queued before new ones are refused."""
+
+    max_context: int
+    max_waiting: int = 1024
+
+
+@dataclass
+class EngineStats:
+    """Running sums, and what is going on now."""
+
+    running: int = 0
+    waiting: int = 0
+    slots_total: int = 0
+    slots_used: int = 0
+    slots_cached: int = 0
+    prompt_tokens: int = 0
+    tokens_computed: int = 0
+    base_reused: int = 0
+    lr_reused: int = 0
+    lr_prefilled: int = 0
+    generated: int = 0
+    finished: int = 0
+    preempted: int = 0
+    base_evicted: int = 0
+    lr_evicted: int = 0
+
+
+class Engine:
+    """Serves one model and its roles in one sharing mode. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        roles: dict[str, EngineRole],
+        end_tokens: frozenset[int],
+        vocab_size: int,
+        limits: EngineLimits,
+        seed: int = 0,
+    ) -> None:
+        self.turns = TurnMemory()
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.roles = roles
+        self._runner = runner
+        self._scheduler = scheduler
+        self._end_tokens = end_tokens
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._open: dict[str, Sequence] = {}
+        self._sums = EngineStats()
+        scheduler.cache.set_live_writers([role.reader.writer for role in roles.values()])
+
+    @property
+    def cache(self) -> RoleCache:
+        """The cache, for inspection."""
+        return self._scheduler.cache
+
+    @property
+    def sharing(self) -> SharingMode:
+        """The sharing mode."""
+        return self.cache.mode
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._open)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UserError where `request` cannot be served. Reads only what never changes: any thread may call it."""
+        if request.role not in self.roles:
+            known = ", ".join(self.roles)
+            raise UnknownRoleError(f"model: the role {request.role!r} is not loaded; loaded are {known}.")
+        ids = request.prompt.token_ids
+        if not ids:
+            raise UserError("prompt: must hold at least one token.")
+        if len(ids) >= self.limits.max_context:
+            raise UserError(
+                f"prompt: {len(ids)} tokens leave no room for an answer in a context of {self.limits.max_context}; "
+                "shorten it or start the server with a larger --max-model-len."
+            )
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise UserError(f"prompt: token ids must be between 0 and {self._vocab_size - 1}.")
+
+    def add(self, request: GenerationRequest, on_chunk: Callable[[Chunk], None]) -> None:
+        """Queue a request. Raises UserError, QueueFullError."""
+        self.check(request)
+        if request.request_id in self._open:
+            raise UserError(f"request_id: {request.request_id!r} is running already.")
+        if len(self._scheduler.waiting) >= self.limits.max_waiting:
+            raise QueueFullError(f"{self.limits.max_waiting} requests wait already; try again later.")
+        role = self.roles[request.role]
+        self._seed += 1
+        sequence = Sequence(
+            request=request,
+            role=role,
+            tags=self._tags(request, role),
+            capacity=min(self.limits.max_context, len(request.prompt.token_ids) + request.params.max_tokens),
+            sampler=Sampler(request.params, self._seed),
+            detokenizer=Detokenizer(self.tokenizer, request.params.stop),
+            on_chunk=on_chunk,
+        )
+        self._open[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def _tags(self, request: GenerationRequest, role: EngineRole) -> list[int]:
+        """Who is to write each prompt position. Roles that are not loaded are stood in for by the one asked for."""
+        size = len(request.prompt.token_ids)
+        names = request.prompt.position_roles
+        if names is None or not self.sharing.one_writer_per_token:
+            return [role.reader.writer] * size
+        tags = [self.roles.get(name, role).reader.writer for name in names]
+        tags[size - request.prompt.opening :] = [role.reader.writer] * request.prompt.opening
+        return tags
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; unknown ids are ignored, since a request may end at any moment."""
+        sequence = self._open.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, FinishReason.CANCELLED, "")
+
+    def cancel_all(self) -> None:
+        """End every request now."""
+        for request_id in list(self._open):
+            self.cancel(request_id)
+
+    def step(self) -> None:
+        """Process one batch: schedule, run, sample, hand out."""
+        pieces = self._scheduler.schedule()
+        if not pieces:
+            return
+        logits = self._runner.run(pieces)
+        self._advance(pieces)
+        yielding = [piece for piece in pieces if piece.yields_token]
+        for piece, row in zip(yielding, logits, strict=True):
+            self._take(piece.sequence, piece.sequence.sampler.next_token(row))
+
+    def _advance(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            sequence = piece.sequence
+            sequence.computed = piece.end
+            if piece.yields_token and not sequence.generated:  # the prompt is complete: others may use it from now on
+                self.cache.commit(sequence.held, piece.end)
+
+    def _take(self, sequence: Sequence, token: int) -> None:
+        """The next token of an answer."""
+        params = sequence.request.params
+        sequence.generated.append(token)
+        if token in self._end_tokens and not params.ignore_eos:
+            self._finish(sequence, FinishReason.STOP, sequence.detokenizer.finish())
+            return
+        piece = sequence.detokenizer.push(token)
+        if sequence.detokenizer.stopped:
+            self._finish(sequence, FinishReason.STOP, piece)
+        elif len(sequence.generated) == params.max_tokens or sequence.held.length == sequence.capacity:
+            self._finish(sequence, FinishReason.LENGTH, piece + sequence.detokenizer.finish())
+        else:
+            sequence.held.append(token, sequence.role.reader.writer)
+            sequence.on_chunk(Chunk(text=piece, token_ids=(token,)))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
+        del self._open[sequence.request.request_id]
+        self._scheduler.remove(sequence)
+        usage = sequence.usage()
+        sums = self._sums
+        sums.finished += 1
+        sums.prompt_tokens += usage.prompt_tokens
+        sums.tokens_computed += usage.tokens_computed
+        sums.base_reused += usage.base_reused
+        sums.lr_reused += usage.lr_reused
+        sums.lr_prefilled += usage.lr_prefilled
+        sums.generated += usage.completion_tokens
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and not sequence.detokenizer.stopped:
+            self._remember(sequence)
+        last = tuple(sequence.generated[-1:]) if reason not in (FinishReason.CANCELLED, FinishReason.ERROR) else ()
+        sequence.on_chunk(Chunk(text=text, token_ids=last, finish_reason=reason, usage=usage))
+
+    def _remember(self, sequence: Sequence) -> None:
+        ids = sequence.generated
+        if ids and ids[-1] in self._end_tokens:
+            ids = ids[:-1]
+        request = sequence.request
+        self.turns.remember(request.salt, request.prompt.token_ids, sequence.detokenizer.text, tuple(ids))
+
+    def fail_all(self, error: str) -> None:
+        """End every request with an error, after a fault of a step."""
+        for sequence in list(self._open.values()):
+            del self._open[sequence.request.request_id]
+            sequence.on_chunk(Chunk(finish_reason=FinishReason.ERROR, usage=sequence.usage(), error=error))
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        cache = self.cache
+        return EngineStats(
+            **{
+                **vars(self._sums),
+                "running": len(self._scheduler.running),
+                "waiting": len(self._scheduler.waiting),
+                "slots_total": cache.base_pool.size,
+                "slots_used": cache.base_pool.used_count,
+                "slots_cached": cache.base_tree.size,
+                "preempted": self._scheduler.preempted,
+                "base_evicted": cache.counters.base_evicted,
+                "lr_evicted": cache.counters.lr_evicted,
+            }
+        )
+
+
+def end_tokens_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a turn: the tokenizer's and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (tokenizer.eos_token_id, *several) if token is not None)

@@ -1,0 +1,74 @@
+"""A request while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lragent.serve.cache.role_cache import Lease, Reader
+from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.sampler import Sampler
+from lragent.serve.engine.types import Chunk, GenerationRequest, Usage
+
+
+@dataclass(frozen=True)
+class EngineRole:
+    """A role as the engine runs it: its index in the model's `RoleLinear`s (0 = base) and its name in the cache."""
+
+    name: str
+    index: int
+    reader: Reader
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request in the scheduler's hands.
+
+    tags: who is to write each prompt position. generated: answer tokens; the last one is not computed yet.
+    lease: None while waiting. computed: positions whose cache is written (or was found).
+    """
+
+    request: GenerationRequest
+    role: EngineRole
+    tags: list[int]
+    capacity: int
+    sampler: Sampler
+    detokenizer: Detokenizer
+    on_chunk: Callable[[Chunk], None]
+    generated: list[int] = field(default_factory=list)
+    lease: Lease | None = None
+    computed: int = 0
+    usage_at_start: Usage | None = None
+    """Prompt counts of the first admission; a preemption does not change them."""
+
+    @property
+    def held(self) -> Lease:
+        """The lease of a running sequence."""
+        assert self.lease is not None, "this sequence does not run"
+        return self.lease
+
+    def usage(self) -> Usage:
+        """What this request cost up to now."""
+        start = self.usage_at_start or Usage(len(self.request.prompt.token_ids), 0, 0, 0, 0, 0)
+        return Usage(
+            prompt_tokens=start.prompt_tokens,
+            completion_tokens=len(self.generated),
+            tokens_computed=start.tokens_computed,
+            base_reused=start.base_reused,
+            lr_reused=start.lr_reused,
+            lr_prefilled=start.lr_prefilled,
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a step: positions `[start, end)` of a sequence are to be processed."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def yields_token(self) -> bool:
+        """Whether this piece reaches the end of what is known, so that a next token is drawn."""
+        return self.end == self.sequence.held.length

@@ -1,0 +1,173 @@
+"""The engine in a thread of its own: requests may come from any thread or event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from lragent.modes import SharingMode
+from lragent.serve.engine.chat import ChatPrompts
+from lragent.serve.engine.engine import Engine, EngineStats
+from lragent.serve.engine.types import Chunk, EngineDeadError, FinishReason, GenerationRequest, QueueFullError, RoleCard
+
+logger = logging.getLogger(__name__)
+
+
+class EngineService:
+    """Owns the engine and its thread. Everything here may be called from any thread."""
+
+    def __init__(self, engine: Engine, chat: ChatPrompts, roles: list[RoleCard], model_name: str) -> None:
+        self.chat = chat
+        self.roles = roles
+        self.model_name = model_name
+        self.failure: str | None = None
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._pending = 0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="lragent-engine", daemon=True)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._engine.limits.max_context
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Not thread-safe."""
+        return self._engine.tokenizer
+
+    @property
+    def sharing(self) -> SharingMode:
+        """The sharing mode, chosen at start."""
+        return self._engine.sharing
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be served."""
+        return self._thread.is_alive() and self.failure is None and not self._stopping.is_set()
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self, drain: bool = True, timeout_s: float = 30.0) -> None:
+        """Take no more requests; finish those that run if `drain`, else cancel them; end the thread."""
+        if not self._thread.is_alive():
+            return
+        self._stopping.set()
+        self._inbox.put(_wake if drain else self._engine.cancel_all)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._inbox.put(self._engine.cancel_all)
+            self._thread.join(timeout_s)
+
+    def submit(self, request: GenerationRequest, on_chunk: Callable[[Chunk], None]) -> None:
+        """Queue a request; `on_chunk` is called from the engine's thread and must not block.
+
+        Raises UserError, UnknownRoleError, QueueFullError, EngineDeadError.
+        """
+        self._engine.check(request)
+        with self._lock:
+            if not self.alive:
+                raise EngineDeadError(f"The engine does not run{f': {self.failure}' if self.failure else ''}.")
+            if self._pending >= self._engine.limits.max_waiting:
+                raise QueueFullError(f"{self._pending} requests are open already; try again later.")
+            self._pending += 1
+            self._inbox.put(partial(self._begin, request, on_chunk))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; one that has ended already is ignored."""
+        self._inbox.put(partial(self._engine.cancel, request_id))
+
+    def generate(self, request: GenerationRequest) -> Chunk:
+        """The whole answer as one chunk. Raises as `submit`, and EngineDeadError if the engine fails meanwhile."""
+        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self.submit(request, chunks.put)
+        parts = [chunks.get()]
+        while parts[-1].finish_reason is None:
+            parts.append(chunks.get())
+        return joined(parts)
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """The answer piece by piece. Leaving the iteration early cancels the request. Raises as `submit`."""
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
+
+        def hand_over(chunk: Chunk) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        self.submit(request, hand_over)
+        ended = False
+        try:
+            while not ended:
+                chunk = await chunks.get()
+                ended = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            if not ended:
+                self.cancel(request.request_id)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's counters; they may be one step apart from each other."""
+        return self._engine.stats()
+
+    def _loop(self) -> None:
+        try:
+            while self._receive():
+                self._engine.step()
+        except Exception as fault:
+            logger.exception("the engine has failed")
+            with self._lock:  # from here on nothing more is put into the inbox by submit
+                self.failure = f"{type(fault).__name__}: {fault}"
+            self._engine.fail_all(self.failure)
+            while not self._inbox.empty():
+                self._inbox.get()()
+
+    def _receive(self) -> bool:
+        """Do what was asked meanwhile; waits if there is nothing to step. False when it is time to end."""
+        while True:
+            try:
+                action = self._inbox.get(block=not self._engine.busy and not self._stopping.is_set())
+            except queue.Empty:
+                return self._engine.busy
+            action()
+
+    def _begin(self, request: GenerationRequest, on_chunk: Callable[[Chunk], None]) -> None:
+        def counted(chunk: Chunk) -> None:
+            if chunk.finish_reason is not None:
+                with self._lock:
+                    self._pending -= 1
+            on_chunk(chunk)
+
+        try:
+            if self.failure is not None:
+                raise EngineDeadError(self.failure)
+            self._engine.add(request, counted)
+        except Exception as fault:  # a request's failure ends that request only
+            counted(Chunk(finish_reason=FinishReason.ERROR, error=str(fault)))
+
+
+def _wake() -> None:
+    """Nothing to do: the engine's thread only looks up."""
+
+
+def joined(chunks: list[Chunk]) -> Chunk:
+    """An answer's chunks as one. Raises EngineDeadError if it ended by a fault."""
+    last = chunks[-1]
+    if last.finish_reason is FinishReason.ERROR:
+        raise EngineDeadError(last.error or "The request failed.")
+    return Chunk(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+    )
