@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from lragent.serve.api.body import read_json
 from lragent.serve.api.context import Context
-from lragent.serve.api.generation import gather_answers, stream_chunks, until_gone, usage_body
+from lragent.serve.api.generation import check_room, gather_answers, stream_chunks, until_gone, usage_body
 from lragent.serve.api.models import BASE, resolve_role
 from lragent.serve.api.schema import ChatRequest, parse_request
 from lragent.serve.api.sse import DONE, EventStream, event
@@ -47,13 +47,13 @@ async def _prepare(context: Context, asked: ChatRequest) -> GenerationRequest:
     asked.check_length(service.max_model_len)
     asked.sampling(default_max_tokens=1)
     messages = asked.given_messages()
-    prompt = await context.tokenize(lambda: service.chat_prompts.prepare(messages, role, asked.salt))
-    room = max(1, service.max_model_len - len(prompt.token_ids))
+    prompt = await context.tokenize(lambda: service.chat.prepare(messages, role, asked.salt))
+    check_room("messages", prompt, service.max_model_len)
     return GenerationRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         role=role,
         prompt=prompt,
-        params=asked.sampling(default_max_tokens=room),
+        params=asked.sampling(default_max_tokens=service.max_model_len - len(prompt.token_ids)),
         salt=asked.salt,
     )
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from lragent.serve.api.body import read_json
 from lragent.serve.api.context import Context
-from lragent.serve.api.generation import gather_answers, interleave, until_gone, usage_body
+from lragent.serve.api.generation import check_room, gather_answers, interleave, until_gone, usage_body
 from lragent.serve.api.models import resolve_role
 from lragent.serve.api.schema import CompletionRequest, parse_request
 from lragent.serve.api.sse import DONE, EventStream, event
@@ -53,24 +53,31 @@ async def _prepare(context: Context, asked: CompletionRequest, request_id: str) 
     role = resolve_role(service, asked.model)
     asked.check_length(service.max_model_len)
     params = asked.sampling(default_max_tokens=DEFAULT_MAX_TOKENS)
-    prompts = asked.prompts()
+    given = asked.prompts()
 
-    def tokenize() -> list[tuple[int, ...]]:
+    def tokenize() -> list[Prompt]:
         special = asked.add_special_tokens is not False
         return [
-            tuple(service.tokenizer(each, add_special_tokens=special)["input_ids"]) if isinstance(each, str) else each
-            for each in prompts
+            Prompt(
+                tuple(
+                    service.tokenizer(each, add_special_tokens=special)["input_ids"] if isinstance(each, str) else each
+                )
+            )
+            for each in given
         ]
 
+    prompts = await context.tokenize(tokenize)
+    for prompt in prompts:
+        check_room("prompt", prompt, service.max_model_len)
     return [
         GenerationRequest(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
             role=role,
-            prompt=Prompt(token_ids),
+            prompt=prompt,
             params=params,
             salt=asked.salt,
         )
-        for index, token_ids in enumerate(await context.tokenize(tokenize))
+        for index, prompt in enumerate(prompts)
     ]
 
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from lragent.serve.api.context import Service
-from lragent.serve.api.errors import ApiError
-from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Usage
+from lragent.serve.api.errors import ApiError, bad_request
+from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, Usage
 
 T = TypeVar("T")
 
@@ -28,6 +28,16 @@ class Answer:
     text: str
     finish_reason: FinishReason
     usage: Usage
+
+
+def check_room(field: str, prompt: Prompt, max_model_len: int) -> None:
+    """Raise ApiError naming `field` unless one token can follow `prompt` in a context of `max_model_len`."""
+    if len(prompt.token_ids) >= max_model_len:
+        raise bad_request(
+            f"{field}: {len(prompt.token_ids)} tokens leave no room for an answer in a context of {max_model_len}; "
+            "shorten it, or start the server with a larger --max-model-len if the model allows.",
+            code="context_length_exceeded",
+        )
 
 
 async def stream_chunks(service: Service, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:

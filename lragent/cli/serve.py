@@ -1,0 +1,88 @@
+"""`lragent serve`: the OpenAI-style endpoint over one model and its roles."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lragent.modes import PrefixWriter, SharingMode
+
+if TYPE_CHECKING:
+    from lragent.serve.api.settings import ServeSettings
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the `serve` command. A flag that is not given leaves what the config says, or the default."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model and its roles over OpenAI's API",
+        description="Serves one model and the roles of one pack. Prints `lragent: serving on URL` once it answers; "
+        "SIGTERM and SIGINT let open requests end first.",
+    )
+    flag = parser.add_argument
+    flag("--config", type=Path, metavar="FILE", help="YAML file with any of these settings")
+    flag("--model", metavar="SPEC", help="hub id, folder or GGUF file (default: the embedded model)")
+    flag("--roles", metavar="PACK", help="pack of the roles (default: the base model alone)")
+    flag("--sharing", type=SharingMode, choices=list(SharingMode), help="what roles share (default: base_lr_shared)")
+    flag(
+        "--prefix-writer",
+        type=PrefixWriter,
+        choices=list(PrefixWriter),
+        help="who writes what comes before the first turn (default: as the pack was trained)",
+    )
+    flag("--dtype", help="of weights and cache, such as bfloat16 (default: auto)")
+    flag("--device", help="such as cpu or cuda (default: auto)")
+    flag("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
+    flag("--max-tokens-in-cache", type=int, metavar="N", help="size of the KV cache in tokens")
+    flag("--max-num-seqs", type=int, metavar="N", help="requests that run at once (default: 16)")
+    flag("--seed", type=int, help="for requests without a seed of their own (default: 0)")
+    flag("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
+    flag("--port", type=int, help="port to listen on; 0 picks a free one (default: 8000)")
+    flag("--log-level", help="critical, error, warning, info or debug (default: warning)")
+    flag("overrides", nargs="*", metavar="key=value", help="settings over those of the file, such as drain_s=10")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal. Raises `UserError` for what cannot be read, loaded or listened on."""
+    from lragent.serve.api.app import create_app
+    from lragent.serve.api.server import bind, serve
+    from lragent.serve.engine.build import build_service
+
+    settings = settings_from(args)
+    with bind(settings.host, settings.port) as sock:
+        service = build_service(
+            model=settings.model,
+            roles=settings.roles,
+            sharing=settings.sharing,
+            prefix_writer=settings.prefix_writer,
+            dtype=settings.dtype,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+            cache_tokens=settings.max_tokens_in_cache,
+            max_num_seqs=settings.max_num_seqs,
+            seed=settings.seed,
+        )
+        service.start()
+        try:
+            serve(create_app(service, settings), service, settings, sock, _announce)
+        finally:
+            service.stop(drain=False, timeout_s=float(settings.drain_s))
+    return 0
+
+
+def settings_from(args: argparse.Namespace) -> ServeSettings:
+    """The config file, `key=value` words over it, flags over both. Raises `UserError`."""
+    from lragent.config import load_config
+    from lragent.serve.api.settings import ServeSettings
+
+    settings = load_config(ServeSettings, args.config, args.overrides)
+    names = ServeSettings.__dataclass_fields__
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return replace(settings, **given)
+
+
+def _announce(url: str) -> None:
+    print(f"lragent: serving on {url}", flush=True)
