@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ class EngineService:
             parts.append(chunks.get())
         return joined(parts)
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """The answer piece by piece. Leaving the iteration early cancels the request. Raises as `submit`."""
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
