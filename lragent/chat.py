@@ -109,6 +109,19 @@ class Renderer:
             authors += [None] * (len(ids) - len(authors))
         return Rendered(ids, authors, openings)
 
+    def render_text(self, prompt: str, completion: str, *, author: str) -> Rendered:
+        """Render a plain text and what `author` makes of it, up to the end-of-turn token; there are no turns.
+
+        Both are tokenised as the completions endpoint tokenises a prompt: special tokens are parsed, and a tokenizer
+        that begins texts with a token of its own does so. For data, whose owner writes them; not for tools' output.
+        """
+        with self._lock:
+            ids = self._tokenizer(prompt, verbose=False).input_ids
+            authored = self._tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
+        if authored[-1:] != [self.end_of_turn]:
+            authored = [*authored, self.end_of_turn]
+        return Rendered([*ids, *authored], [None] * len(ids) + [author] * len(authored), [])
+
     def _frame(self, before: str | None, speaker: str, where: str) -> _FrameIds:
         frame = self._frames.get((before, speaker))
         if frame is None:

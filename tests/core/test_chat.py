@@ -308,6 +308,17 @@ def test_plain_form_without_chatml_tokens() -> None:
     assert authored(tokenizer, rendered) == [("plan", "b</s>")]
 
 
+def test_a_text_and_its_completion_are_rendered_without_turns() -> None:
+    tokenizer = plain_tokenizer()
+    renderer = Renderer(tokenizer)
+    renderer.render([user("</s>")])  # reads special tokens as text; the next must not
+    rendered = renderer.render_text("a</s>", "bc", author="plan")
+    assert tokenizer.decode(rendered.token_ids) == "<s>a</s>bc</s>"
+    assert rendered.authors == [None] * 3 + ["plan"] * 3
+    assert rendered.openings == []
+    assert renderer.render_text("a</s>", "bc</s>", author="plan") == rendered
+
+
 def test_a_tokenizer_that_can_end_no_turn_is_refused() -> None:
     tokenizer = plain_tokenizer()
     tokenizer.eos_token = None
