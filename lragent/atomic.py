@@ -61,8 +61,7 @@ def new_folder(path: Path | str, *, keep_existing: bool = False) -> Iterator[Pat
         raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
     try:
         yield temporary
-        _sync_tree(temporary)
-        os.chmod(temporary, 0o777 & ~_umask())
+        _sync_tree(temporary, _umask())
         try:
             os.rename(temporary, path)
         except OSError as error:
@@ -80,11 +79,14 @@ def _refuse_existing(path: Path) -> None:
         raise UserError(f"{path} is there already; give a new folder, or remove it first")
 
 
-def _sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path, umask: int) -> None:
+    """Flush all files and folders, and give them the permissions of ordinary new ones (libraries make private ones)."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(parent, name), "rb") as file:
+                os.fchmod(file.fileno(), 0o666 & ~umask)
                 os.fsync(file.fileno())
+        os.chmod(parent, 0o777 & ~umask)
         _sync_folder(Path(parent))
 
 

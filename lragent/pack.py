@@ -17,8 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -77,7 +78,7 @@ def read_pack(path: Path | str, *, expect_fingerprint: str | None = None) -> Ada
     return adapters
 
 
-def _parse(file: BinaryIO, header: Header) -> AdapterSet:
+def _parse(file: BufferedReader, header: Header) -> AdapterSet:
     metadata = header.metadata
     if metadata.get("format") != FORMAT:
         raise UserError("this is a safetensors file but not a pack; `lragent pack` makes one from PEFT folders")

@@ -6,8 +6,9 @@ import json
 import os
 import stat
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lragent.errors import UserError
 
@@ -40,7 +41,7 @@ class Header:
     """Where the tensors' bytes begin in the file."""
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file for reading; a folder, FIFO or device is refused, and never waited for.
 
     Raises `UserError` naming the file.
@@ -61,7 +62,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     return file
 
 
-def read_header(file: BinaryIO, path: Path | str) -> Header:
+def read_header(file: BufferedReader, path: Path | str) -> Header:
     """Parse the header of an open safetensors file and check every byte range in it against the file's size.
 
     Raises `UserError` naming `path` where it is no safetensors file, is cut short, or is a pickle.

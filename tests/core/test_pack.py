@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_adapter_set, tiny_model
 
-from lragent.adapter_set import TARGETS, AdapterSet, RoleSpec, UnknownBaseWarning, tensor_bytes
+from lragent.adapter_set import TARGETS, AdapterSet, RoleSpec, UnknownBaseWarning, natural_key, tensor_bytes
 from lragent.errors import UserError
 from lragent.pack import read_pack, write_pack
 
