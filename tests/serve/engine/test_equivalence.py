@@ -1,0 +1,91 @@
+"""The engine's logits against the slow reference, in every sharing mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import Recorder, tiny_engine
+from reference import reference_logits
+from tiny import make_adapter_set, tiny_model
+
+from lragent.modes import SharingMode
+
+ROLES = ("plan", "action", "reflect")
+TARGETS = {
+    "q_v": ("q_proj", "v_proj"),
+    "q_k_v": ("q_proj", "k_proj", "v_proj"),
+    "q_only": ("q_proj",),
+    "all_linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def drive(mode: SharingMode, adapters, *, steps: int = 7, seed: int = 0, **options):
+    """A trajectory of several turns by three roles. Yields what each turn's logits were and should be."""
+    recorder = Recorder(tiny_engine(mode, adapters, **options))
+    random = torch.Generator().manual_seed(seed)
+
+    def fresh(count: int) -> list[int]:
+        return torch.randint(3, 280, (count,), generator=random).tolist()
+
+    ids = fresh(11)
+    writers = [0 if mode.one_writer_per_token else 1] * 9  # elsewhere the role that asks first writes it all
+    for step in range(steps):
+        role = ROLES[(0, 1, 1, 2, 0, 2, 1)[step % 7]]
+        index = ROLES.index(role) + 1
+        position_roles = [("base", *ROLES)[w] for w in writers] + [role] * (len(ids) - len(writers))
+        answer = recorder.ask(role, ids, 5, position_roles=position_roles, opening=2)
+        writers += [index] * (len(ids) + 4 - len(writers))
+        ids += answer.token_ids
+        yield recorder, answer, index, list(ids[:-1]), list(writers), recorder.last_logits()
+        ids += fresh((0, 6, 3, 0, 9, 1, 2)[step % 7]) + fresh(2)
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("mode", list(SharingMode))
+def test_logits_equal_the_reference(mode: SharingMode, targets: tuple[str, ...]) -> None:
+    model = tiny_model()
+    adapters = make_adapter_set(model, ROLES, targets=targets)
+    reused = 0
+    for _, answer, role, ids, writers, got in drive(mode, adapters):
+        # a role that passes over a context for itself (base_shared, non_shared) reads as one role throughout
+        if mode is SharingMode.NON_SHARED:
+            writers = [role] * len(ids)
+        expected = reference_logits(model, adapters, ids, writers, mode)
+        torch.testing.assert_close(got, expected[-len(got) :], **TOLERANCE)
+        reused += answer.usage.base_reused
+    assert reused > 50
+
+
+def test_base_shared_runs_an_lr_prefill_and_nothing_more() -> None:
+    adapters = make_adapter_set(tiny_model(), ROLES)
+    usages = [answer.usage for _, answer, *_ in drive(SharingMode.BASE_SHARED, adapters)]
+    first_of_action = usages[1]
+    assert first_of_action.lr_reused == 0
+    assert first_of_action.base_reused == first_of_action.lr_prefilled > 0
+    assert usages[2].lr_reused == usages[2].base_reused > 0
+    assert usages[2].lr_prefilled == 0
+
+
+@pytest.mark.parametrize("budget", [1, 3, 8, 512])
+@pytest.mark.parametrize("mode", list(SharingMode))
+def test_chunk_size_does_not_matter(mode: SharingMode, budget: int) -> None:
+    adapters = make_adapter_set(tiny_model(), ROLES)
+    whole = [got for *_, got in drive(mode, adapters)]
+    for expected, (*_, got) in zip(whole, drive(mode, adapters, token_budget=budget), strict=True):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_one_role_makes_all_modes_agree() -> None:
+    model = tiny_model()
+    adapters = make_adapter_set(model, ("solo",))
+    answers = []
+    for mode in SharingMode:
+        recorder = Recorder(tiny_engine(mode, adapters))
+        ids = list(range(10, 40))
+        for _ in range(3):
+            ids += recorder.ask("solo", ids, 6).token_ids + (5, 6, 7)
+        answers.append((ids, recorder.last_logits()))
+    for ids, logits in answers[1:]:
+        assert ids == answers[0][0]
+        torch.testing.assert_close(logits, answers[0][1], **TOLERANCE)
