@@ -1,0 +1,63 @@
+"""An OpenAI endpoint as a `Complete`: `model` names the role, numbers come from `usage` and from our own clock."""
+
+import time
+from typing import Any, cast
+
+import openai
+
+from lragent.eval.agent import Complete, Message, OutOfContextError, Reply
+
+CONTEXT_ERROR = "context_length_exceeded"
+
+
+def openai_complete(client: openai.OpenAI, *, extra_body: dict[str, Any] | None = None) -> Complete:
+    """Generates greedily through `client.chat.completions`, streaming, so that the first token's time is seen.
+
+    `extra_body` goes into each request (for example `trajectory_id`, `cache_salt`). Where the server reports no
+    `usage.lragent`, computed tokens are prompt tokens less the cached ones, if it reports those. Raises the client's
+    own errors, and `OutOfContextError` for a prompt that is too long.
+    """
+
+    def complete(role: str, messages: list[Message], max_tokens: int) -> Reply:
+        start = time.perf_counter()
+        try:
+            stream = client.chat.completions.create(
+                model=role,
+                messages=cast(Any, messages),
+                max_tokens=max_tokens,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body=extra_body,
+            )
+        except openai.BadRequestError as error:
+            if error.code == CONTEXT_ERROR:
+                raise OutOfContextError(f"The trajectory no longer fits: {error.message}") from error
+            raise
+        pieces: list[str] = []
+        first: float | None = None
+        usage = None
+        for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                if first is None and (choice.delta.content or choice.finish_reason):
+                    first = time.perf_counter() - start
+                pieces.append(choice.delta.content or "")
+        numbers = _numbers(usage.model_dump()) if usage else {}
+        return Reply("".join(pieces), ttft_s=first, total_s=time.perf_counter() - start, **numbers)
+
+    return complete
+
+
+def _numbers(usage: dict[str, Any]) -> dict[str, int | None]:
+    """The token counts of `Reply` from a `usage` object."""
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    ours = usage.get("lragent") or {}
+    computed = None if cached is None else usage["prompt_tokens"] - cached
+    return {
+        "prompt_tokens": usage["prompt_tokens"],
+        "generated_tokens": usage["completion_tokens"],
+        "tokens_computed": ours.get("tokens_computed", computed),
+        "tokens_reused": ours.get("base_reused", cached),
+        "lr_reused": ours.get("lr_reused"),
+    }
