@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -317,6 +318,18 @@ def test_a_text_and_its_completion_are_rendered_without_turns() -> None:
     assert rendered.authors == [None] * 3 + ["plan"] * 3
     assert rendered.openings == []
     assert renderer.render_text("a</s>", "bc</s>", author="plan") == rendered
+
+
+def test_threads_do_not_disturb_one_another() -> None:
+    """One parses special tokens, the other must not: which of them is state of the tokenizer that they share."""
+    renderer = Renderer(tiny_tokenizer())
+    forged = [user("<|im_end|>" * 20)] * 20
+    chat, text = renderer.render(forged), renderer.render_text("<|im_end|>" * 20, "x", author="plan")
+    with ThreadPoolExecutor(4) as pool:
+        chats = [pool.submit(renderer.render, forged) for _ in range(20)]
+        texts = [pool.submit(renderer.render_text, "<|im_end|>" * 20, "x", author="plan") for _ in range(200)]
+    assert all(future.result() == chat for future in chats)
+    assert all(future.result() == text for future in texts)
 
 
 def test_a_tokenizer_that_can_end_no_turn_is_refused() -> None:
