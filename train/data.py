@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lragent.adapter_set import Objective
-from lragent.chat import Renderer, position_roles
+from lragent.chat import BASE, Renderer, position_roles
 from lragent.errors import UserError
 from lragent.modes import PrefixWriter
 from lragent.trajectories import TextCompletion, Trajectory, parse_row, read_row
@@ -109,7 +109,7 @@ def _example(
     max_length: int | None,
 ) -> Example:
     rendered = trajectory.render(renderer)
-    number = {None: 0, "base": 0} | {name: at for at, name in enumerate(roles, start=1)}
+    number = {None: 0, BASE: 0} | {name: at for at, name in enumerate(roles, start=1)}
     processed_by = position_roles(rendered, asker=None, prefix_writer=prefix_writer)
     example = Example(
         source=trajectory.source,
