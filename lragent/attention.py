@@ -9,6 +9,7 @@ training and serving is one object.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 from lragent.errors import LRAgentError, UserError
 from lragent.kernels.attention import lora_attention
 from lragent.kernels.low_rank import role_up
+from lragent.kernels.packed import PackedLayout, packed_attention
 from lragent.rope import Rope, rotate
 from lragent.routing import Route
 
@@ -110,24 +112,26 @@ class PackedPass:
         """See AttentionPass."""
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v, up_v = (v_proj.take_low()[0], v_proj.reader_up()) if v_proj else (None, None)
-        low_k = k_proj.take_low()[0] if k_proj else None
+        if k_proj is None:
+            roles = self.route.roles
+            return packed_attention(query, key, value, low_v, up_v, roles, self._layout, scale=scale, window=window)
+        assert self.rope is not None, "a split k_proj needs the rotary embedding"
+        low_k, up_k, (cos, sin) = k_proj.take_low()[0], k_proj.reader_up(), self.rope
         parts = []
         for start, end in self.spans:
             part = slice(start, end)
-            readers = self.route.roles[part]
-            args = (value[:, part], None if low_v is None else low_v[part], up_v)
-            if k_proj is None or low_k is None:
-                parts.append(lora_attention(query[:, part], key[:, part], *args, readers, scale=scale, window=window))
-                continue
-            assert self.rope is not None, "a split k_proj needs the rotary embedding"
-            cos, sin = self.rope
             parts.append(
                 attend_by_reader(
-                    query[:, part], key[:, part], low_k[part], k_proj.reader_up(), (cos[part], sin[part]), *args,
-                    readers, scale=scale, window=window,
+                    query[:, part], key[:, part], low_k[part], up_k, (cos[part], sin[part]),
+                    value[:, part], None if low_v is None else low_v[part], up_v, self.route.roles[part],
+                    scale=scale, window=window,
                 )
             )  # fmt: skip
         return torch.cat(parts)
+
+    @cached_property
+    def _layout(self) -> PackedLayout:
+        return PackedLayout.of(self.spans, self.route.roles.device)
 
 
 def attend_by_reader(
