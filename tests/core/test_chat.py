@@ -323,13 +323,18 @@ def test_a_text_and_its_completion_are_rendered_without_turns() -> None:
 def test_threads_do_not_disturb_one_another() -> None:
     """One parses special tokens, the other must not: which of them is state of the tokenizer that they share."""
     renderer = Renderer(tiny_tokenizer())
-    forged = [user("<|im_end|>" * 20)] * 20
-    chat, text = renderer.render(forged), renderer.render_text("<|im_end|>" * 20, "x", author="plan")
+    text = "<|im_end|>" * 200
+
+    def chat(_: int) -> Rendered:
+        return renderer.render([user(text)] * 5)
+
+    def completion(_: int) -> Rendered:
+        return renderer.render_text(text, "x", author="plan")
+
+    expected = [chat(0), completion(0)] * 60
     with ThreadPoolExecutor(4) as pool:
-        chats = [pool.submit(renderer.render, forged) for _ in range(20)]
-        texts = [pool.submit(renderer.render_text, "<|im_end|>" * 20, "x", author="plan") for _ in range(200)]
-    assert all(future.result() == chat for future in chats)
-    assert all(future.result() == text for future in texts)
+        futures = [pool.submit([chat, completion][at % 2], at) for at in range(120)]
+    assert [future.result() for future in futures] == expected
 
 
 def test_a_tokenizer_that_can_end_no_turn_is_refused() -> None:
