@@ -8,6 +8,7 @@ adapter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from torch import nn
 from lragent.adapter_set import TARGETS, check_role_name
 from lragent.errors import LRAgentError, UserError
 from lragent.kernels.low_rank import role_up
+from lragent.models import check_adaptable, target_modules
 from lragent.routing import Router
 
 
@@ -162,7 +164,7 @@ def build_role_model(
         check_role_name(role)
         if role in roles[:i]:
             raise UserError(f"`roles` names {role!r} twice.")
-    _check_targets(model, targets, layers)
+    paths = _paths(model, targets, layers)
 
     def config() -> LoraConfig:
         made = LoraConfig(
@@ -170,8 +172,7 @@ def build_role_model(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            target_modules=list(targets),
-            layers_to_transform=None if layers is None else list(layers),
+            target_modules=paths,
             use_rslora=rslora,
         )
         made._register_custom_module({nn.Linear: TiedLoraLinear})
@@ -194,18 +195,21 @@ def build_role_model(
     return built
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str], layers: Sequence[int] | None) -> None:
+def _paths(model: nn.Module, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
+    """The modules to adapt, by path; UserError where there are none."""
     if not targets:
         raise UserError("`targets` is empty: name at least one of " + ", ".join(TARGETS) + ".")
-    present = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in targets:
-        if target not in TARGETS:
-            raise UserError(f"`targets` names {target!r}, which cannot be adapted; choose from {', '.join(TARGETS)}.")
-        if target not in present:
-            raise UserError(f"`targets` names {target!r}, but {type(model).__name__} has no such projection.")
-    count = getattr(model.config, "num_hidden_layers", None)
-    for layer in layers or ():
-        if count is not None and not 0 <= layer < count:
-            raise UserError(f"`layers` names layer {layer}; the model has layers 0 to {count - 1}.")
-    if layers is not None and not layers:
+    check_adaptable(model, targets)
+    paths = target_modules(model, targets)
+    if layers is None:
+        return paths
+    by_layer: dict[int, list[str]] = {}
+    for path in paths:
+        if numbered := re.search(r"\.layers\.(\d+)\.", path):
+            by_layer.setdefault(int(numbered[1]), []).append(path)
+    if not layers:
         raise UserError("`layers` is empty: leave it out to adapt all layers.")
+    for layer in layers:
+        if layer not in by_layer:
+            raise UserError(f"`layers` names layer {layer}; the model has layers {min(by_layer)} to {max(by_layer)}.")
+    return [path for layer in sorted(set(layers)) for path in by_layer[layer]]
