@@ -38,11 +38,12 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The answer has ended: returns all text that was held back."""
+        sent = self._sent
         if not self.stopped:
             before = self._decode(self._window, self._decoded)
             self._add(self._decode(self._window, len(self._ids))[len(before) :])
-        piece, self._sent = self.text[self._sent :], len(self.text)
-        return piece
+        self._sent = len(self.text)
+        return self.text[sent:]
 
     def _decode(self, start: int, end: int) -> str:
         text: str = self._tokenizer.decode(
