@@ -51,15 +51,13 @@ def open_regular(path: Path | str) -> BufferedReader:
             f"{path} is a pickle by its name, and reading a pickle can run code: save it as safetensors instead"
         )
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; a file is expected") from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise UserError(f"{path} is not a regular file")
-    return file
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is not a regular file; give the file itself")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_header(file: BufferedReader, path: Path | str) -> Header:
