@@ -29,12 +29,14 @@ class Rendered:
 
     `authors[t]` is the role that authored token t: the `name` of the assistant message, for its content and its
     end-of-turn token; None for all else. `openings` are the half-open spans of the tokens that open assistant turns
-    ("<|im_start|>assistant\\n"); when a turn was asked for, its opening is the last span and ends the ids.
+    ("<|im_start|>assistant\\n"); when a turn was asked for, its opening is the last span and ends the ids. `unlearnt`
+    are the spans that were authored and are not to be imitated (messages of `weight: 0`).
     """
 
     token_ids: list[int]
     authors: list[str | None]
     openings: list[tuple[int, int]]
+    unlearnt: tuple[tuple[int, int], ...] = ()
 
     @property
     def first_authored(self) -> int:
@@ -84,6 +86,7 @@ class Renderer:
         ids: list[int] = []
         authors: list[str | None] = []
         openings: list[tuple[int, int]] = []
+        unlearnt: list[tuple[int, int]] = []
         before: str | None = None
         for at, turn in enumerate(turns):
             frame = self._frame(before, turn.speaker, f"messages[{at}]")
@@ -97,6 +100,8 @@ class Renderer:
             authors += [None] * (len(ids) - len(authors))
             ids += contents[at] if content is None else content
             ids += frame.end_of_turn
+            if not turn.learnt:
+                unlearnt.append((len(authors), len(ids)))
             authors += [turn.author] * (len(ids) - len(authors))
             ids += frame.after
             authors += [None] * len(frame.after)
@@ -107,7 +112,7 @@ class Renderer:
             openings.append((len(ids), len(ids) + len(frame.opening)))
             ids += frame.opening
             authors += [None] * (len(ids) - len(authors))
-        return Rendered(ids, authors, openings)
+        return Rendered(ids, authors, openings, tuple(unlearnt))
 
     def render_text(self, prompt: str, completion: str, *, author: str) -> Rendered:
         """Render a plain text and what `author` makes of it, up to the end-of-turn token; there are no turns.

@@ -12,11 +12,15 @@ SPEAKERS = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: `speaker` is one of `SPEAKERS`; `author` the LoRA role in an assistant message's `name`, or None."""
+    """One message: `speaker` is one of `SPEAKERS`; `author` the LoRA role in an assistant message's `name`, or None.
+
+    `learnt` is False for an assistant message of OpenAI's `weight: 0`: said, but not to be imitated.
+    """
 
     speaker: str
     text: str
     author: str | None
+    learnt: bool = True
 
 
 def read_messages(messages: Any, *, where: str = "messages") -> list[Turn]:
@@ -43,12 +47,15 @@ def _read_message(message: Any, where: str) -> Turn:
     for field in ("tool_calls", "function_call"):
         if message.get(field):
             raise UserError(f"{where}.{field}: is not supported; write the call into the content.")
-    author = None
+    author, weight = None, 1
     if speaker == "assistant":
+        weight = message.get("weight", 1)
+        if weight not in (0, 1):
+            raise UserError(f"{where}.weight: is {weight!r}; use 1 to learn the message, 0 to leave it out of the loss.")
         author = message.get("name")
         if author is not None and (not isinstance(author, str) or not author):
             raise UserError(f"{where}.name: expected the name of a role, found {_kind(author)}.")
-    return Turn(speaker, _read_content(message.get("content"), f"{where}.content"), author)
+    return Turn(speaker, _read_content(message.get("content"), f"{where}.content"), author, learnt=bool(weight))
 
 
 def _read_content(content: Any, where: str) -> str:

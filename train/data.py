@@ -111,10 +111,13 @@ def _example(
     rendered = trajectory.render(renderer)
     number = {None: 0, BASE: 0} | {name: at for at, name in enumerate(roles, start=1)}
     processed_by = position_roles(rendered, asker=None, prefix_writer=prefix_writer)
+    learners = [number[author] for author in rendered.authors]
+    for start, end in rendered.unlearnt:
+        learners[start:end] = [0] * (end - start)
     example = Example(
         source=trajectory.source,
         token_ids=torch.tensor(rendered.token_ids[:max_length], dtype=torch.long),
-        authors=torch.tensor([number[author] for author in rendered.authors[:max_length]], dtype=torch.long),
+        authors=torch.tensor(learners[:max_length], dtype=torch.long),
         roles=torch.tensor([number[role] for role in processed_by[:max_length]], dtype=torch.long),
     )
     if not example.loss_roles.any():

@@ -283,3 +283,17 @@ def test_misuse_of_batches_is_refused() -> None:
         TokenBatches([], tokens_per_batch=9, seed=0)
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
         TokenBatches([example_of(3)], tokens_per_batch=9, seed=0, rank=2, world=2)
+
+
+def test_a_message_of_weight_zero_is_spoken_but_not_learnt(tmp_path: Path) -> None:
+    wrong = says("plan", "w")
+    right = [SYSTEM, USER, wrong, says("reflect", "r"), says("plan", "q")]
+    learnt = load(write(tmp_path, {"messages": right}))[0]
+    muted = load(write(tmp_path, {"messages": [SYSTEM, USER, wrong | {"weight": 0}, *right[3:]]}))[0]
+    assert torch.equal(learnt.token_ids, muted.token_ids)
+    assert torch.equal(learnt.roles, muted.roles)
+    changed = (learnt.authors != muted.authors).nonzero().squeeze(-1)
+    assert changed.tolist() == list(range(changed[0], changed[0] + 2))  # the content's one token, and its end-of-turn
+    assert muted.authors[changed].tolist() == [0, 0]
+    with pytest.raises(UserError, match=r"messages\[2\]\.weight: is 2; use 1"):
+        load(write(tmp_path, {"messages": [SYSTEM, USER, wrong | {"weight": 2}]}))
