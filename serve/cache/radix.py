@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -42,21 +43,35 @@ class Node:
         return len(self.tokens)
 
 
+@dataclass(eq=False)
+class Root(Node):
+    """Holds no elements; its children begin the paths of one namespace."""
+
+    namespace: Namespace = ()
+
+
 class RadixTree:
     """Owns the slots that are in it, and nothing else: whoever takes slots out (evict) frees them in their pool."""
 
     def __init__(self) -> None:
-        self._roots: dict[Namespace, Node] = {}
+        self._roots: dict[Namespace, Root] = {}
         self._clock = 0
+        self._order = itertools.count()
+        # A heap of (last_used, breaks ties, leaf) that holds every unlocked leaf. Outdated entries are put right when
+        # they are popped, so that neither a match nor a lock has to look for them.
+        self._idle: list[tuple[int, int, Node]] = []
+        self._idle_limit = 64
         self.size = 0
         """Elements in all namespaces together, which is the number of slots that the tree owns."""
+        self.locked_size = 0
+        """Elements that cannot be evicted now."""
 
     def match(self, namespace: Namespace, tokens: Ints, accept: Accept) -> tuple[Slots, Ints, Node | None]:
         """The longest cached prefix of `tokens` whose entries may be read.
 
         Returns its slots, its tags, and the node that ends exactly there (None: nothing matched). Marks the path as
         used; splits a node where the match ends inside it; changes nothing else. The node stays valid until the next
-        `evict` unless it is locked.
+        `evict` or `unlock` unless it is locked.
         """
         root = self._roots.get(namespace)
         if root is None:
@@ -68,8 +83,8 @@ class RadixTree:
         if length < depth:
             end = self._split(end, len(end) - (depth - length))
         self._touch(end)
-        path = list(self._path(end))[::-1]
-        return np.concatenate([n.slots for n in path]), np.concatenate([n.tags for n in path]), end
+        tags = np.concatenate([each.tags for each in self._path(end)][::-1])
+        return self.path_slots(end), tags, end
 
     def _longest(self, node: Node, position: int, tokens: Ints, accept: Accept) -> tuple[Node, int]:
         """The deepest readable match at or below `node`, whose own elements end at `position`."""
@@ -99,7 +114,7 @@ class RadixTree:
         """
         if not len(tokens):
             return slots, None
-        node = self._roots.setdefault(namespace, _empty_root())
+        node: Node = self._roots.setdefault(namespace, _root(namespace))
         owned = slots.copy()
         at = 0
         while at < len(tokens):
@@ -114,6 +129,7 @@ class RadixTree:
             owned[at : at + length] = child.slots
             node, at = child, at + length
         self._touch(node)
+        self._note_idle(node)
         return owned, node
 
     def _exact_child(self, node: Node, tokens: Ints, tags: Ints) -> tuple[Node | None, int]:
@@ -127,48 +143,92 @@ class RadixTree:
     def lock(self, node: Node | None) -> None:
         """Keep the path that ends at `node` until `unlock` with the same node. None is the empty path."""
         for each in self._path(node):
+            if not each.locks:
+                self.locked_size += len(each)
             each.locks += 1
 
     def unlock(self, node: Node | None) -> None:
-        """Undo one `lock`."""
+        """Undo one `lock`. Joins what needs no border any more, so that a path that grew in steps is one node again."""
+        if node is None:
+            return
         for each in self._path(node):
             assert each.locks > 0, "unlock without lock"
             each.locks -= 1
+            if not each.locks:
+                self.locked_size -= len(each)
+        below = _only(node)
+        if below is not None and self._absorb_parent(below):
+            node = below
+        self._absorb_parent(node)
+        self._note_idle(node)
+
+    def _absorb_parent(self, node: Node) -> bool:
+        """Make `node` and its parent one, if nothing branches off and no lease ends between them. `node` remains."""
+        upper = node.parent
+        if upper is None or upper.parent is None or _only(upper) is not node or upper.locks != node.locks:
+            return False
+        siblings = upper.parent.children[int(upper.tokens[0])]
+        siblings[siblings.index(upper)] = node
+        node.tokens = np.concatenate([upper.tokens, node.tokens])
+        node.tags = np.concatenate([upper.tags, node.tags])
+        node.slots = np.concatenate([upper.slots, node.slots])
+        node.parent, upper.parent = upper.parent, None
+        node.last_used = upper.last_used
+        return True
 
     def evict(self, count: int) -> Slots:
         """Take at least `count` slots out of the tree if so many are unlocked, the longest unused leaves first.
 
         A leaf's end goes before its beginning, so that a prefix stays usable. The caller frees the slots.
         """
-        order = itertools.count()  # nodes do not compare: it breaks ties
-        heap = [(leaf.last_used, next(order), leaf) for leaf in self._leaves() if not leaf.locks]
-        heapq.heapify(heap)
         taken: list[Slots] = []
         missing = count
-        while missing > 0 and heap:
-            _, _, leaf = heapq.heappop(heap)
+        while missing > 0 and (leaf := self._pop_idle()) is not None:
             keep = max(0, len(leaf) - missing)
             taken.append(leaf.slots[keep:])
             missing -= len(leaf) - keep
             self.size -= len(leaf) - keep
-            if keep:
-                leaf.tokens, leaf.tags, leaf.slots = leaf.tokens[:keep], leaf.tags[:keep], leaf.slots[:keep]
-                continue
-            parent = self._remove(leaf)
-            if parent is not None and parent.parent is not None and not parent.children and not parent.locks:
-                heapq.heappush(heap, (parent.last_used, next(order), parent))
+            if keep:  # copies, lest the rest hold the memory of what has gone
+                leaf.tokens, leaf.tags = leaf.tokens[:keep].copy(), leaf.tags[:keep].copy()
+                leaf.slots = leaf.slots[:keep].copy()
+                self._note_idle(leaf)
+            else:
+                self._remove(leaf)
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
 
-    def _remove(self, leaf: Node) -> Node | None:
+    def _note_idle(self, node: Node) -> None:
+        """Remember `node` as one that `evict` may take, if it is."""
+        if node.locks or node.children:
+            return
+        heapq.heappush(self._idle, (node.last_used, next(self._order), node))
+        if len(self._idle) > self._idle_limit:  # most of it may be outdated
+            self._idle = [(leaf.last_used, next(self._order), leaf) for leaf in self._leaves() if not leaf.locks]
+            heapq.heapify(self._idle)
+            self._idle_limit = 64 + 2 * len(self._idle)
+
+    def _pop_idle(self) -> Node | None:
+        """The unlocked leaf that was not used for the longest time."""
+        while self._idle:
+            last_used, _, leaf = heapq.heappop(self._idle)
+            if leaf.parent is None or leaf.children or leaf.locks:
+                continue
+            if leaf.last_used == last_used:
+                return leaf
+            self._note_idle(leaf)
+        return None
+
+    def _remove(self, leaf: Node) -> None:
         parent = leaf.parent
         assert parent is not None
         siblings = parent.children[int(leaf.tokens[0])]
         siblings.remove(leaf)
         if not siblings:
             del parent.children[int(leaf.tokens[0])]
-        if parent.parent is None and not parent.children:
-            self._roots = {name: root for name, root in self._roots.items() if root is not parent}
-        return parent
+        leaf.parent = None
+        if not isinstance(parent, Root):
+            self._note_idle(parent)
+        elif not parent.children:
+            del self._roots[parent.namespace]
 
     def _split(self, node: Node, at: int) -> Node:
         """Cut `node` so that its first `at` elements are a node of their own, which is returned.
@@ -177,10 +237,12 @@ class RadixTree:
         """
         assert node.parent is not None
         assert 0 < at < len(node)
-        upper = Node(node.tokens[:at], node.tags[:at], node.slots[:at], node.parent, {}, node.locks, node.last_used)
+        # Copies, lest either half hold the memory of the other when that has gone.
+        columns = (node.tokens[:at].copy(), node.tags[:at].copy(), node.slots[:at].copy())
+        upper = Node(*columns, node.parent, {}, node.locks, node.last_used)
         siblings = node.parent.children[int(node.tokens[0])]
         siblings[siblings.index(node)] = upper
-        node.tokens, node.tags, node.slots = node.tokens[at:], node.tags[at:], node.slots[at:]
+        node.tokens, node.tags, node.slots = node.tokens[at:].copy(), node.tags[at:].copy(), node.slots[at:].copy()
         node.parent = upper
         upper.children[int(node.tokens[0])] = [node]
         return upper
@@ -211,18 +273,25 @@ class RadixTree:
     def _leaves(self) -> Iterator[Node]:
         return (node for _, node in self._nodes() if not node.children)
 
-    def locked_size(self) -> int:
-        """Elements that cannot be evicted now."""
-        return sum(len(node) for _, node in self._nodes() if node.locks)
+    def path_slots(self, node: Node | None) -> Slots:
+        """The slots of the whole path that ends at `node`."""
+        return np.concatenate([np.empty(0, np.int64), *[each.slots for each in self._path(node)][::-1]])
 
     def all_slots(self) -> Slots:
         """Every slot that the tree owns."""
         parts = [node.slots for _, node in self._nodes()]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError on a broken link, an ambiguous branch, a shared slot or a wrong count."""
-        total = 0
+    def check_integrity(self, held: list[Node | None]) -> None:
+        """Raises AssertionError on a broken link, an ambiguous branch, a shared slot, a wrong count or a wrong lock.
+
+        held: the nodes that are locked, each as often as it is.
+        """
+        total = locked = 0
+        assert all(root.children for root in self._roots.values()), "an empty namespace was kept"
+        idle = {id(leaf) for _, _, leaf in self._idle}
+        assert all(id(leaf) in idle for leaf in self._leaves() if not leaf.locks), "a free leaf is never evicted"
+        locks = Counter(id(each) for node in held for each in self._path(node))
         for _, node in self._nodes():
             assert node.parent is not None
             assert len(node) == len(node.tags) == len(node.slots) > 0, "a node's columns differ in length"
@@ -231,13 +300,22 @@ class RadixTree:
             heads = {(int(child.tokens[0]), int(child.tags[0])) for child in below}
             assert len(heads) == len(below), "two children begin with the same element"
             assert all(child.parent is node for child in below), "a child names another parent"
-            assert node.locks >= max((child.locks for child in below), default=0), "a locked child under a free node"
+            assert node.locks == locks.pop(id(node), 0), "a lock outlived its lease, or is missing"
             total += len(node)
+            locked += len(node) if node.locks else 0
+        assert not locks, "a locked node has left the tree"
         assert total == self.size, "the tree's size is wrong"
+        assert locked == self.locked_size, "the count of locked elements is wrong"
         slots = self.all_slots()
         assert len(np.unique(slots)) == len(slots), "one slot stands in two places"
 
 
-def _empty_root() -> Node:
+def _root(namespace: Namespace) -> Root:
     nothing = np.empty(0, np.int64)
-    return Node(nothing, nothing, nothing, None)
+    return Root(nothing, nothing, nothing, None, namespace=namespace)
+
+
+def _only(node: Node) -> Node | None:
+    """The only child of `node`, if it has exactly one."""
+    below = list(itertools.islice(itertools.chain.from_iterable(node.children.values()), 2))
+    return below[0] if len(below) == 1 else None

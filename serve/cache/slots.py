@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from operator import sub
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,8 @@ class SlotPool:
         missing = count
         if after is not None and missing:
             missing -= self._take(after + 1, missing, runs)
-        while missing:
-            missing -= self._take(self._roomiest(missing), missing, runs)
+        if missing:
+            self._take_longest(missing, runs)
         slots = np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
         self.serial[slots] = np.arange(self._next_serial, self._next_serial + count)
         self._next_serial += count
@@ -90,12 +91,25 @@ class SlotPool:
         runs.append(np.arange(start, end, dtype=np.int64))
         return end - start
 
-    def _roomiest(self, wanted: int) -> int:
-        """Where to begin in the longest free run: in its middle if that still fits, so that the neighbour can grow."""
-        at = max(range(len(self._starts)), key=lambda i: self._ends[i] - self._starts[i])
+    def _take_longest(self, count: int, runs: list[Slots]) -> None:
+        """Take `count` slots from as few runs as can be: whole runs, the longest first, and the last one in part."""
+        lengths = list(map(sub, self._ends, self._starts))
+        missing = count
+        if max(lengths) < count:
+            order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+            whole: list[int] = []
+            while lengths[order[len(whole)]] < missing:
+                whole.append(order[len(whole)])
+                missing -= lengths[whole[-1]]
+            runs.extend(np.arange(self._starts[at], self._ends[at], dtype=np.int64) for at in whole)
+            gone = set(whole)
+            rest = [at for at in range(len(lengths)) if at not in gone]
+            self._starts, self._ends = [self._starts[at] for at in rest], [self._ends[at] for at in rest]
+            lengths = [lengths[at] for at in rest]
+        at = lengths.index(max(lengths))
         start, end = self._starts[at], self._ends[at]
-        middle = start + (end - start) // 2
-        return middle if start > 0 and end - middle >= wanted else start
+        middle = start + (end - start) // 2  # begun in its middle, if that still fits, the run's neighbour can grow
+        self._take(middle if start > 0 and end - middle >= missing else start, missing, runs)
 
     def _put(self, start: int, end: int) -> None:
         at = bisect_left(self._starts, start)
@@ -118,7 +132,7 @@ class SlotPool:
             total += end - start
         assert total == self.free_count, "the count of free slots is wrong"
 
-    def is_free(self, slot: int) -> bool:
-        """Whether `slot` is free."""
-        at = bisect_right(self._starts, slot) - 1
-        return at >= 0 and self._ends[at] > slot
+    def free_slots(self) -> Slots:
+        """Every free slot, in order."""
+        runs = [np.arange(*run, dtype=np.int64) for run in zip(self._starts, self._ends, strict=True)]
+        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
