@@ -191,7 +191,6 @@ class Engine:
             sequence.on_chunk(Chunk(text=piece, token_ids=(token,)))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
-        del self._open[sequence.request.request_id]
         self._scheduler.remove(sequence)
         usage = sequence.usage()
         sums = self._sums
@@ -205,6 +204,7 @@ class Engine:
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and not sequence.detokenizer.stopped:
             self._remember(sequence)
         last = tuple(sequence.generated[-1:]) if reason not in (FinishReason.CANCELLED, FinishReason.ERROR) else ()
+        del self._open[sequence.request.request_id]  # only now: until it is told, `fail_all` must find it
         sequence.on_chunk(Chunk(text=text, token_ids=last, finish_reason=reason, usage=usage))
 
     def _remember(self, sequence: Sequence) -> None:
