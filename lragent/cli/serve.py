@@ -49,17 +49,21 @@ def run(args: argparse.Namespace) -> int:
     """Serves until a signal. Raises `UserError` for what cannot be read, loaded or listened on."""
     from lragent.serve.api.app import create_app
     from lragent.serve.api.server import bind, serve
-    from lragent.serve.engine.build import build_service
 
     settings = settings_from(args)
-    with bind(settings.host, settings.port) as sock:
+    with bind(settings.host, settings.port) as sock:  # before torch is imported: a taken port is said at once
+        import torch
+
+        from lragent.serve.engine.build import build_service
+
+        found = "cuda" if torch.cuda.is_available() else "cpu"
         service = build_service(
             model=settings.model,
             roles=settings.roles,
             sharing=settings.sharing,
             prefix_writer=settings.prefix_writer,
             dtype=settings.dtype,
-            device=settings.device,
+            device=found if settings.device == "auto" else settings.device,
             max_model_len=settings.max_model_len,
             cache_tokens=settings.max_tokens_in_cache,
             max_num_seqs=settings.max_num_seqs,
