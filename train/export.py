@@ -1,0 +1,146 @@
+"""What a training run leaves behind: the pack, one PEFT folder per role, and a model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lragent.adapter_set import AdapterSet, RoleSpec
+from lragent.config import dump_config
+from lragent.models import ModelSource
+from lragent.pack import write_pack
+from lragent.peft_io import write_peft_folders
+from lragent.tied_lora import RoleModel
+from lragent.train.settings import TrainSettings
+
+PACK, PEFT, CARD = "pack.safetensors", "peft", "README.md"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did; the numbers of its last line of output and of the model card."""
+
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Positions processed, over all processes."""
+    targets: int
+    """Positions learnt from."""
+    seconds: float
+    """Of training, evaluations included, loading and saving not."""
+    train_loss_first: float
+    """Mean loss per target over the first tenth of the steps (at least 1, at most 10)."""
+    train_loss_last: float
+    """The same over the last."""
+    eval_before: Mapping[str, Mapping[str, float]] | None
+    eval_after: Mapping[str, Mapping[str, float]] | None
+
+
+def adapter_set(built: RoleModel, settings: TrainSettings, source: ModelSource) -> AdapterSet:
+    """The trained matrices, copied, unscaled. Raises LRAgentError where A is no longer the same for all roles."""
+    built.check()
+    return AdapterSet(
+        base_model=source.name,
+        base_fingerprint=source.fingerprint(),
+        form="tied",
+        targets=built.targets,
+        roles=tuple(RoleSpec(name, built.alpha, built.rank, built.rslora) for name in built.roles),
+        shared_a={path: _copy(module.shared_a) for path, module in built.modules.items()},
+        role_b={path: torch.stack([_copy(b) for b in module.role_b]) for path, module in built.modules.items()},
+        objective=settings.objective,
+        prefix_writer=settings.prefix_writer.value,
+    )
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().to("cpu", torch.float32, copy=True)
+
+
+def export(adapters: AdapterSet, settings: TrainSettings, result: RunResult, folder: Path) -> None:
+    """Write the pack, the PEFT folders and the model card into `folder`, which exists."""
+    write_pack(folder / PACK, adapters)
+    write_peft_folders(adapters, folder / PEFT)
+    (folder / CARD).write_text(model_card(adapters, settings, result), encoding="utf-8")
+
+
+def model_card(adapters: AdapterSet, settings: TrainSettings, result: RunResult) -> str:
+    """Markdown with the front matter that model hubs read."""
+    names = ", ".join(adapters.role_names)
+    lines = [
+        "---",
+        f"base_model: {json.dumps(adapters.base_model)}",
+        "library_name: peft",
+        "tags: [lora, multi-lora, lragent]",
+        "---",
+        f"# Roles {names} for {adapters.base_model}",
+        "",
+        f"{len(adapters.roles)} LoRA roles that share one down-projection A, trained with LRAgent. "
+        f"`{PACK}` holds them all; `{PEFT}/<role>` holds each as a plain PEFT adapter.",
+        "",
+        *_how_to_serve(adapters),
+        "## Data",
+        "",
+        f"- trained on `{settings.data.name}`: {result.targets} authored tokens learnt in {result.tokens} processed",
+        f"- evaluated on `{settings.eval_data.name}`" if settings.eval_data else "- not evaluated on held-out data",
+        "",
+        "## Losses",
+        "",
+        "Mean cross-entropy per authored token, in nats.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| training (first and last steps) | {result.train_loss_first:.4f} | {result.train_loss_last:.4f} |",
+        *_eval_rows(result),
+        "",
+        "## Hyperparameters",
+        "",
+        *[f"- {name}: {json.dumps(value)}" for name, value in dump_config(settings).items() if name not in _PRIVATE],
+        f"- steps: {result.steps}",
+        f"- seconds: {result.seconds:.1f}",
+        "",
+        "## Versions",
+        "",
+        *[f"- {package}: {version(package)}" for package in ("lragent", "torch", "transformers", "peft", "accelerate")],
+        f"- python: {platform.python_version()}",
+        f"- base fingerprint: {adapters.base_fingerprint}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_PRIVATE = ("data", "eval_data", "out", "model", "tracking", "project")
+"""Settings that say where things lie on one machine, and nothing about the training."""
+
+
+def _how_to_serve(adapters: AdapterSet) -> list[str]:
+    modes: dict[Any, str] = {
+        "shared": "base_lr_shared",
+        "per_role": "non_shared",
+        "mixed": "base_lr_shared or non_shared",
+    }
+    return [
+        "```",
+        f"lragent serve --roles {PACK}",
+        "```",
+        "",
+        f"Trained with the objective `{adapters.objective}`: serve in the sharing mode {modes[adapters.objective]}, "
+        f"with `prefix_writer: {adapters.prefix_writer}`.",
+        "",
+    ]
+
+
+def _eval_rows(result: RunResult) -> list[str]:
+    if result.eval_before is None or result.eval_after is None:
+        return []
+    return [
+        f"| held out, {kind}, {role} | {before:.4f} | {result.eval_after[kind][role]:.4f} |"
+        for kind, by_role in result.eval_before.items()
+        for role, before in by_role.items()
+    ]

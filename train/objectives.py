@@ -1,0 +1,169 @@
+"""What is learnt: the loss of a flat batch, and which batches follow one another.
+
+`shared` trains as `base_lr_shared` serves: every position is processed once, by one role, and read by all, each reader
+through its own `B`. `per_role` trains as `non_shared` serves: each role alone over its context, every position its own.
+`mixed` takes batches of both in turn (LRAgent, arXiv 2602.01053, trains `per_role`; DESIGN, "Train as you serve").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lragent.adapter_set import Objective
+from lragent.attention import PackedPass
+from lragent.rope import rope_at
+from lragent.routing import Route
+from lragent.tied_lora import RoleModel
+from lragent.train.batches import PackedBatch, TokenBatches
+from lragent.train.data import NO_TARGET, Example, role_views
+
+FLOATS_AT_ONCE = 1 << 22
+"""Logits (positions x vocabulary) that are held in float32 at one time: 16 MiB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A batch, and whether it is one pass for all roles (`shared`) or a pass of each role alone (`per_role`)."""
+
+    batch: PackedBatch
+    one_pass: bool
+
+    @property
+    def targets(self) -> int:
+        """How many positions are learnt from."""
+        return int((self.batch.targets != NO_TARGET).sum())
+
+
+class Tasks:
+    """The batches of an objective, in the order of training; the seed fixes them."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Sequence[Example],
+        *,
+        tokens_per_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        def batches(some: Sequence[Example]) -> TokenBatches:
+            return TokenBatches(some, tokens_per_batch=tokens_per_batch, seed=seed, rank=rank, world=world)
+
+        self._kinds: list[tuple[TokenBatches, bool]] = []
+        if objective != "per_role":
+            self._kinds.append((batches(examples), True))
+        if objective != "shared":
+            self._kinds.append((batches([view for example in examples for view in role_views(example)]), False))
+
+    def count(self, epochs: int) -> int:
+        """How many tasks `epochs` epochs have, an epoch being one of the first kind of batches."""
+        first, _ = self._kinds[0]
+        return len(self._kinds) * sum(first.count(epoch) for epoch in range(epochs))
+
+    def __iter__(self) -> Iterator[Task]:
+        """Endless; one of each kind in turn."""
+        streams = [(_endless(batches), one_pass) for batches, one_pass in self._kinds]
+        while True:
+            for stream, one_pass in streams:
+                yield Task(next(stream), one_pass)
+
+    def one_epoch(self) -> list[Task]:
+        """Every batch of every kind once: for evaluation."""
+        return [Task(batch, one_pass) for batches, one_pass in self._kinds for batch in batches.epoch(0)]
+
+
+def _endless(batches: TokenBatches) -> Iterator[PackedBatch]:
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
+
+
+class RoleLoss(nn.Module):
+    """The losses of a flat batch under its roles. A module, so that accelerate can wrap it for several processes."""
+
+    def __init__(self, built: RoleModel) -> None:
+        """Raises UserError where an adapted `k_proj` cannot be split and a one-pass batch comes."""
+        super().__init__()
+        self.model = built.model
+        self._built = built
+
+    def forward(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        roles: torch.Tensor,
+        targets: torch.Tensor,
+        loss_roles: torch.Tensor,
+        spans: Sequence[tuple[int, int]],
+        one_pass: bool,
+    ) -> torch.Tensor:
+        """All tensors [T], as in `PackedBatch`. Returns [n_roles + 1] float32, the sum of the losses that each role
+        authored the targets of (nobody's, at index 0, is zero).
+
+        The head runs on the positions that have targets only.
+        """
+        base = self.model.get_base_model()
+        split = self._built.split() if one_pass else frozenset()
+        route = Route(roles, None, split)
+        rope = rope_at(base, position_ids, base.dtype) if "k_proj" in split else None
+        counted = (targets != NO_TARGET).nonzero().squeeze(-1)
+        with self._built.router.use(route):
+            logits = self.model(
+                input_ids=input_ids.unsqueeze(0),
+                position_ids=position_ids.unsqueeze(0),
+                attention_pass=PackedPass(tuple(spans), route, rope),
+                use_cache=False,
+                logits_to_keep=counted,
+            ).logits[0]
+        losses = _TokenLosses.apply(logits, targets[counted])
+        return losses.new_zeros(len(self._built.roles) + 1).index_add(0, loss_roles[counted], losses)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of every row of logits [n, vocabulary], in float32 [n], a few rows at a time.
+
+    The gradient is worked out with the loss and kept in the dtype of the logits, so that no float32 copy of all logits
+    is ever written: on a CPU such copies cost more than what they are for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = max(1, FLOATS_AT_ONCE // logits.shape[1])
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        ctx.grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for start in range(0, logits.shape[0], rows):
+            part, wanted = logits[start : start + rows].float(), targets[start : start + rows].unsqueeze(-1)
+            total = part.logsumexp(-1, keepdim=True)
+            losses[start : start + rows] = (total - part.gather(-1, wanted)).squeeze(-1)
+            if ctx.grad is not None:
+                part = (part - total).exp_().scatter_add_(-1, wanted, torch.full_like(total, -1.0))
+                ctx.grad[start : start + rows] = part
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own, ctx.grad = ctx.grad, None
+        return own.mul_(grad.unsqueeze(-1).to(own.dtype)), None
+
+
+def loss_inputs(batch: PackedBatch, one_pass: bool) -> dict[str, Any]:
+    """A batch as the keyword arguments of `RoleLoss`."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "roles": batch.roles,
+        "targets": batch.targets,
+        "loss_roles": batch.loss_roles,
+        "spans": batch.spans,
+        "one_pass": one_pass,
+    }

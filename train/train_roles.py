@@ -1,0 +1,39 @@
+"""Launch: `accelerate launch train/train_roles.py --config configs/roles/demo.yaml [key=value …]`.
+
+The last line of standard output is the run's summary as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says. Returns 0, or 2 after one sentence on what the user can mend."""
+    from lragent.config import load_config
+    from lragent.errors import UserError
+
+    parser = argparse.ArgumentParser(
+        prog="train_roles", description="Trains LoRA roles with one tied A and packs them."
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/roles/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
+    args = parser.parse_args(argv)
+    try:
+        from lragent.train.loop import train
+        from lragent.train.settings import TrainSettings
+
+        summary = train(load_config(TrainSettings, args.config, args.overrides))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if summary is not None:
+        print(json.dumps(summary), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
