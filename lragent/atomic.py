@@ -18,6 +18,8 @@ from lragent.errors import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 def write_file(path: Path | str, *chunks: bytes | memoryview) -> None:
     """Write `chunks` one after another as the file `path`, replacing a file that is there.
@@ -68,6 +70,10 @@ def new_folder(path: Path | str, *, keep_existing: bool = False) -> Iterator[Pat
             if not (keep_existing and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
                 raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lragent.adapter_set import DTYPES, TARGETS, AdapterSet, RoleSpec, UnknownBaseWarning, natural_key, tensor_bytes
+from lragent.adapter_set import DTYPES, TARGETS, AdapterSet, RoleSpec, UnknownBaseWarning, natural_key
 from lragent.atomic import new_folder
 from lragent.errors import UserError
 from lragent.stacking import stack as stack_roles
@@ -298,7 +298,7 @@ def _difference(singles: list[AdapterSet]) -> str | None:
             b = other.shared_a[path]
             if a.shape != b.shape:
                 return f"{pair} have ranks {a.shape[0]} and {b.shape[0]} at {path}"
-            if a.dtype != b.dtype or tensor_bytes(a) != tensor_bytes(b):
+            if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                 return f"{pair} differ at {path}"
             if first.role_b[path].shape != other.role_b[path].shape:
                 return f"{pair} have outputs of different sizes at {path}"

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -18,6 +19,9 @@ from lragent.errors import UserError
 from lragent.models.cache import cache_root, remember
 from lragent.models.quiet import quiet_libraries
 from lragent.tensorfile import open_regular
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CONVERSION = 1
 """Part of the folder's name: raised whenever what a conversion writes changes."""
@@ -57,6 +61,7 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    import safetensors
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,11 +73,29 @@ def _convert(gguf: Path, target: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
             _forget_gguf(model)
+            _name_special_tokens(tokenizer, gguf)
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
+    except safetensors.SafetensorError as error:  # so it calls a full disk, too
+        raise UserError(f"cannot write the model cache {target.parent}: {error}") from error
     except (ValueError, KeyError, NotImplementedError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"transformers cannot convert {gguf}: {reason}") from error
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Set the special tokens by the ids that the file gives.
+
+    Versions of transformers read them differently: some take the first token of a turn for its end.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+    tokenizer.clean_up_tokenization_spaces = False  # it would make decoding lossy
 
 
 def _forget_gguf(model: object) -> None:

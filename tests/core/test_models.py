@@ -184,6 +184,8 @@ def test_a_gguf_is_converted_once(tmp_path, cache):
     assert np.array_equal(model.get_input_embeddings().weight.detach().numpy(), embedding)
     tokenizer = load_tokenizer(source)
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert not tokenizer.clean_up_tokenization_spaces
     assert tokenizer.encode("the end<|im_end|>") == tiny_tokenizer().encode("the end<|im_end|>")
     save_gguf(tmp_path / "toy.gguf", seed=1)
     assert resolve_model(str(tmp_path / "toy.gguf")).fingerprint() != source.fingerprint()
@@ -246,6 +248,7 @@ def test_the_embedded_model_speaks():
     )
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
     assert "Paris" in text
+    assert tokenizer.convert_ids_to_tokens([1, 2]) == [tokenizer.bos_token, tokenizer.eos_token]
     assert source.fingerprint() == resolve_model().fingerprint()
 
 

@@ -1,6 +1,7 @@
 """The pack: bit-exact there and back, and nothing damaged or foreign is ever read."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from tiny import make_adapter_set, tiny_model
 from lragent.adapter_set import TARGETS, AdapterSet, RoleSpec, UnknownBaseWarning, natural_key, tensor_bytes
 from lragent.errors import UserError
 from lragent.pack import read_pack, write_pack
+from lragent.peft_io import write_peft_folders
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -337,3 +339,18 @@ def test_nothing_unsound_or_half_is_written(pack, adapters, tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write_pack(tmp_path / "folder", adapters)
     assert sorted(os.listdir(tmp_path)) == ["folder", "team.pack"]
+
+
+def test_a_full_disk_leaves_the_old_pack(pack, adapters, monkeypatch):
+    before = pack.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_pack(pack, make_adapter_set(tiny_model(), seed=5))
+    with pytest.raises(UserError, match="No space left"):
+        write_peft_folders(adapters, pack.parent / "out")
+    assert os.listdir(pack.parent) == ["team.pack"]
+    assert pack.read_bytes() == before

@@ -22,7 +22,11 @@ from lragent.peft_io import adapter_set_from_peft, read_peft_folder, write_peft_
 IDS = torch.arange(3, 43)[None]
 Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj" for i in (0, 1))
 
-pytestmark = pytest.mark.filterwarnings("ignore::lragent.adapter_set.UnknownBaseWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lragent.adapter_set.UnknownBaseWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),  # of the unfit adapters that are made here on purpose
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:peft"),
+]
 
 
 def save_adapter(folder: Path, seed: int = 0, a_seed: int | None = None, **config: object) -> Path:
