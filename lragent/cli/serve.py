@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lragent.errors import UserError
 from lragent.modes import PrefixWriter, SharingMode
 
 if TYPE_CHECKING:
@@ -25,15 +28,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--config", type=Path, metavar="FILE", help="YAML file with any of these settings")
     flag("--model", metavar="SPEC", help="hub id, folder or GGUF file (default: the embedded model)")
     flag("--roles", metavar="PACK", help="pack of the roles (default: the base model alone)")
-    flag("--sharing", type=SharingMode, choices=list(SharingMode), help="what roles share (default: base_lr_shared)")
+    flag(
+        "--sharing",
+        type=_member(SharingMode),
+        metavar="MODE",
+        help=f"{', '.join(SharingMode)} (default: base_lr_shared)",
+    )
     flag(
         "--prefix-writer",
-        type=PrefixWriter,
-        choices=list(PrefixWriter),
-        help="who writes what comes before the first turn (default: as the pack was trained)",
+        type=_member(PrefixWriter),
+        metavar="WHO",
+        help="base or first: who writes what comes before the first turn (default: as the pack was trained)",
     )
-    flag("--dtype", help="of weights and cache, such as bfloat16 (default: auto)")
-    flag("--device", help="such as cpu or cuda (default: auto)")
+    flag("--dtype", help="of weights and cache: auto, float32, bfloat16 or float16 (default: auto)")
+    flag("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     flag("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
     flag("--max-tokens-in-cache", type=int, metavar="N", help="size of the KV cache in tokens")
     flag("--max-num-seqs", type=int, metavar="N", help="requests that run at once (default: 16)")
@@ -52,18 +60,15 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_from(args)
     with bind(settings.host, settings.port) as sock:  # before torch is imported: a taken port is said at once
-        import torch
-
         from lragent.serve.engine.build import build_service
 
-        found = "cuda" if torch.cuda.is_available() else "cpu"
         service = build_service(
             model=settings.model,
             roles=settings.roles,
             sharing=settings.sharing,
             prefix_writer=settings.prefix_writer,
             dtype=settings.dtype,
-            device=found if settings.device == "auto" else settings.device,
+            device=_device(settings.device),
             max_model_len=settings.max_model_len,
             cache_tokens=settings.max_tokens_in_cache,
             max_num_seqs=settings.max_num_seqs,
@@ -86,6 +91,29 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
     names = ServeSettings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     return replace(settings, **given)
+
+
+def _device(asked: str) -> str:
+    """What torch calls the device. Raises `UserError` where there is none."""
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device: {asked} is asked for, but torch finds no CUDA device; use --device cpu.")
+    return asked
+
+
+def _member(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
+    """Reads a flag's value as a member of `kind`."""
+
+    def read(text: str) -> StrEnum:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(kind)}, not {text!r}") from None
+
+    return read
 
 
 def _announce(url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import threading
@@ -25,17 +26,23 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UserError(f"host: {host!r} is not an address of this machine ({error.strerror or error}).") from None
+        raise _no_host(host, error) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)
     except OSError as error:
         sock.close()
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise _no_host(host, error) from None
         raise UserError(
             f"port: cannot listen on {host}:{port} ({error.strerror}); choose another with --port, or 0 for a free one."
         ) from None
     return sock
+
+
+def _no_host(host: str, error: OSError) -> UserError:
+    return UserError(f"host: {host!r} is not an address of this machine ({error.strerror or error}).")
 
 
 def address_of(sock: socket.socket) -> str:

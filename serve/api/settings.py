@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lragent.errors import UserError
@@ -23,7 +24,9 @@ class ServeSettings:
     prefix_writer: PrefixWriter | None = None
     """None: as the pack was trained."""
     dtype: str = "auto"
+    """Of weights and cache; auto is what the model is stored in."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     max_model_len: int | None = None
     """Tokens of prompt and answer together; None: what the model allows."""
     max_tokens_in_cache: int | None = None
@@ -41,7 +44,7 @@ class ServeSettings:
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
-        at_least = (("max_model_len", 1), ("max_tokens_in_cache", 1), ("max_num_seqs", 1), ("max_body_bytes", 1))
+        at_least = (("max_model_len", 2), ("max_tokens_in_cache", 2), ("max_num_seqs", 1), ("max_body_bytes", 1))
         for name, least in at_least:
             value = getattr(self, name)
             if value is not None and value < least:
@@ -50,8 +53,13 @@ class ServeSettings:
             raise UserError(f"port: must be between 0 and 65535, not {self.port}.")
         if self.drain_s < 0:
             raise UserError(f"drain_s: must be 0 or more seconds, not {self.drain_s}.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"device: must be auto, cpu, cuda or cuda:N, not {self.device!r}.")
         if self.log_level not in LOG_LEVELS:
             raise UserError(f"log_level: must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}.")
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")

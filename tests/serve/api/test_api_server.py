@@ -76,9 +76,10 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
             bind("127.0.0.1", taken.getsockname()[1])
 
 
-def test_a_host_that_is_none_of_ours() -> None:
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_a_host_that_is_none_of_ours(host: str) -> None:
     with pytest.raises(UserError, match="host: "):
-        bind("no.such.host.invalid", 0)
+        bind(host, 0)
 
 
 def test_it_listens_on_this_machine_only_unless_told() -> None:
@@ -110,7 +111,9 @@ def test_flags_go_over_overrides_go_over_the_file(tmp_path: Path) -> None:
     [
         (["--port", "70000"], "port: must be between 0 and 65535"),
         (["--max-num-seqs", "0"], "max_num_seqs: must be at least 1"),
-        (["--max-model-len", "-5"], "max_model_len: must be at least 1"),
+        (["--max-model-len", "-5"], "max_model_len: must be at least 2"),
+        (["--dtype", "int3"], "dtype: must be one of auto, float32"),
+        (["--device", "toaster"], "device: must be auto, cpu"),
         (["--log-level", "loud"], "log_level: must be one of"),
         (["prot=1"], "port"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from api_fakes import live_server, wait_until
 from tiny import make_adapter_set, save_tiny, tiny_model
 
@@ -28,6 +29,15 @@ from lragent.serve.engine.service import EngineService
 
 ROLES = ("plan", "action", "reflect")
 QUESTION = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Where is the northern harbour?"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A tiny model gains nothing from more threads, and loses much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +230,10 @@ def test_a_fault_of_the_engine_ends_open_requests_and_is_told_by_health(
 def test_the_command(files: tuple[Path, Path]) -> None:
     """`lragent serve` prints its address, answers there, and ends in order; a taken port is one sentence."""
     command = [sys.executable, "-m", "lragent.cli.main", "serve", "--model", str(files[0]), "--roles", str(files[1])]
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -244,7 +257,7 @@ def test_the_command_says_in_one_sentence_that_a_port_is_taken(files: tuple[Path
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         command = [sys.executable, "-m", "lragent.cli.main", "serve", "--port", str(taken.getsockname()[1])]
-        ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=60, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.strip().splitlines()) == 1
