@@ -13,3 +13,9 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """On tiny models threads only wait for one another: ten times slower wherever another process is at work."""
+    torch.set_num_threads(1)
