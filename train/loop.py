@@ -152,6 +152,7 @@ class _Run:
                 bar.update(100 * progress - bar.n)
                 if self.settings.eval_every and step % self.settings.eval_every == 0 and step < self.steps:
                     self._evaluate(step)
+            bar.update(100 - bar.n)
         after = self._evaluate(step=len(rows))
         first, last = _ends(rows)
         return RunResult(
