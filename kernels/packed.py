@@ -20,6 +20,9 @@ from lragent.kernels.low_rank import role_up_heads
 SCORES_LIMIT = 1 << 20
 """A group writes out at most this many scores per head (N * L * L); longer trajectories go to torch's own attention."""
 
+MULTIPLE = 32
+"""Lengths are rounded up to this: torch's bfloat16 softmax on a CPU is three times slower where vectors do not fit."""
+
 SHORTEST = 0.7
 """A trajectory shorter than this share of the longest in its group would be mostly padding: it opens a new group."""
 
@@ -50,13 +53,13 @@ class PackedLayout:
             groups.append([(start, end)])
         shapes, take, place, filled = [], [], torch.empty(spans[-1][1], dtype=torch.long), 0
         for group in groups:
-            longest = group[0][1] - group[0][0]
-            shapes.append((len(group), longest))
-            steps = torch.arange(longest)
+            length = -(-(group[0][1] - group[0][0]) // MULTIPLE) * MULTIPLE
+            shapes.append((len(group), length))
+            steps = torch.arange(length)
             for start, end in group:
                 place[start:end] = filled + steps[: end - start]
                 take.append(start + steps.where(steps < end - start, 0))
-                filled += longest
+                filled += length
         return cls(tuple(shapes), torch.cat(take).to(device), place.to(device))
 
 

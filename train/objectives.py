@@ -141,11 +141,12 @@ class _TokenLosses(torch.autograd.Function):
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         ctx.grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for start in range(0, logits.shape[0], rows):
-            part, wanted = logits[start : start + rows].float(), targets[start : start + rows].unsqueeze(-1)
+            part = logits[start : start + rows].to(torch.float32, copy=True)
+            wanted = targets[start : start + rows].unsqueeze(-1)
             total = part.logsumexp(-1, keepdim=True)
             losses[start : start + rows] = (total - part.gather(-1, wanted)).squeeze(-1)
             if ctx.grad is not None:
-                part = (part - total).exp_().scatter_add_(-1, wanted, torch.full_like(total, -1.0))
+                part.sub_(total).exp_().scatter_add_(-1, wanted, torch.full_like(total, -1.0))
                 ctx.grad[start : start + rows] = part
         return losses
 

@@ -58,12 +58,13 @@ def test_forward_and_every_gradient(
 
 def test_groups_hold_like_lengths_and_every_token_once() -> None:
     layout = PackedLayout.of(SPANS, torch.device("cpu"))
-    assert layout.shapes == ((3, 12), (1, 7), (1, 1)), "12, 11 and 9 together; 7 is too short for them"
+    assert layout.shapes == ((3, 32), (1, 32), (1, 32)), "12, 11 and 9 together; 7 is too short for them"
     assert torch.equal(layout.take[layout.place], torch.arange(40))
     assert layout.place.unique().numel() == 40
 
 
 def test_one_trajectory() -> None:
     layout = PackedLayout.of([(0, 5)], torch.device("cpu"))
-    assert layout.shapes == ((1, 5),)
-    assert layout.take.tolist() == layout.place.tolist() == [0, 1, 2, 3, 4]
+    assert layout.shapes == ((1, 32),)
+    assert layout.place.tolist() == [0, 1, 2, 3, 4]
+    assert layout.take.tolist() == [0, 1, 2, 3, 4] + [0] * 27
