@@ -127,7 +127,8 @@ def everything(_: int, tags: np.ndarray) -> np.ndarray:
 
 
 def put(tree: RadixTree, tokens: list[int], first_slot: int) -> Node | None:
-    return tree.insert(NAMES[0], ints(tokens), ints([0] * len(tokens)), ints(range(first_slot, first_slot + len(tokens))))[1]
+    slots = ints(range(first_slot, first_slot + len(tokens)))
+    return tree.insert(NAMES[0], ints(tokens), ints([0] * len(tokens)), slots)[1]
 
 
 def test_the_longest_unused_goes_first_and_its_end_before_its_beginning() -> None:
