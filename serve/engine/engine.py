@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
 from lragent.serve.engine.turns import TurnMemory
 from lragent.serve.engine.types import (
     Chunk,
+    ContextFullError,
     FinishReason,
     GenerationRequest,
     QueueFullError,
@@ -107,7 +108,7 @@ class Engine:
         if not ids:
             raise UserError("prompt: must hold at least one token.")
         if len(ids) >= self.limits.max_context:
-            raise UserError(
+            raise ContextFullError(
                 f"prompt: {len(ids)} tokens leave no room for an answer in a context of {self.limits.max_context}; "
                 "shorten it or start the server with a larger --max-model-len."
             )
@@ -223,18 +224,16 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot."""
         cache = self.cache
-        return EngineStats(
-            **{
-                **vars(self._sums),
-                "running": len(self._scheduler.running),
-                "waiting": len(self._scheduler.waiting),
-                "slots_total": cache.base_pool.size,
-                "slots_used": cache.base_pool.used_count,
-                "slots_cached": cache.base_tree.size,
-                "preempted": self._scheduler.preempted,
-                "base_evicted": cache.counters.base_evicted,
-                "lr_evicted": cache.counters.lr_evicted,
-            }
+        return replace(
+            self._sums,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            slots_total=cache.base_pool.size,
+            slots_used=cache.base_pool.used_count,
+            slots_cached=cache.base_tree.size,
+            preempted=self._scheduler.preempted,
+            base_evicted=cache.counters.base_evicted,
+            lr_evicted=cache.counters.lr_evicted,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lragent.serve.cache.role_cache import OutOfSlotsError, RoleCache
+from lragent.serve.cache.role_cache import RoleCache
 from lragent.serve.engine.sequence import Piece, Sequence
 from lragent.serve.engine.types import Usage
 
@@ -27,6 +27,8 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preempted: int = 0
+    _full: bool = False
+    """The first that waits has found no room, and nothing has changed since."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -39,11 +41,12 @@ class Scheduler:
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
+            self._full = False
 
     def schedule(self) -> list[Piece]:
         """The pieces of the next step, each with its slots reserved; empty if there is nothing to do."""
-        while self.waiting and len(self.running) < self.max_sequences:
-            self._admit(self.waiting.popleft())
+        while self.waiting and len(self.running) < self.max_sequences and not self._full:
+            self._admit()
         pieces: list[Piece] = []
         budget = self.token_budget
         for sequence in sorted(self.running, key=lambda s: s.held.length - s.computed > 1):  # decoding first, stable
@@ -58,7 +61,9 @@ class Scheduler:
             budget -= end - sequence.computed
         return pieces
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self) -> None:
+        """Let the first that waits run, if there is room for what is known of it: else it would only be preempted."""
+        sequence = self.waiting[0]
         prompt = sequence.request.prompt
         tokens = np.array([*prompt.token_ids, *sequence.generated], dtype=np.int64)
         own = [sequence.role.reader.writer] * len(sequence.generated)
@@ -70,6 +75,11 @@ class Scheduler:
             salt=sequence.request.salt,
             capacity=sequence.capacity,
         )
+        if self.running and not self.cache.fits(lease, lease.length):
+            self.cache.close(lease, 0)
+            self._full = True
+            return
+        self.waiting.popleft()
         sequence.lease = lease
         sequence.computed = lease.lr_reused if self.cache.own_residuals else lease.base_reused
         if sequence.usage_at_start is None:
@@ -90,15 +100,13 @@ class Scheduler:
         A sequence that is in this step already is not preempted.
         """
         taken = {id(piece.sequence) for piece in pieces}
-        while True:
-            try:
-                self.cache.reserve(sequence.held, end)
-                return True
-            except OutOfSlotsError:
-                victim = next(s for s in reversed(self.running) if id(s) not in taken)
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
+        while not self.cache.fits(sequence.held, end):
+            victim = next(s for s in reversed(self.running) if id(s) not in taken)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self.cache.reserve(sequence.held, end)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -109,3 +117,4 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.cache.close(sequence.held, sequence.computed)
         sequence.lease = None
+        self._full = False
