@@ -9,6 +9,7 @@ adapter.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,10 +38,12 @@ class TiedLoraLinear(LoraLinear):
     router: Router
     roles: tuple[str, ...]
     _low: torch.Tensor | None
+    _dtype: torch.dtype
 
     def tie(self, kind: str, roles: Sequence[str], router: Router) -> None:
         """Put the first role's `A` under every role's name. kind: the projection's own name, such as `q_proj`."""
-        self.kind, self.roles, self.router, self._low = kind, tuple(roles), router, None
+        self.kind, self.roles, self.router = kind, tuple(roles), router
+        self._low, self._dtype = None, self.shared_a.dtype
         for role in self.roles[1:]:
             self.lora_A[role] = self.lora_A[self.roles[0]]
 
@@ -58,13 +61,13 @@ class TiedLoraLinear(LoraLinear):
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """x: [..., T, d_in]. Returns [..., T, d_out]."""
         out: torch.Tensor = self.base_layer(x)
-        route = self.router.route
+        route, self._dtype = self.router.route, x.dtype
         if self.kind in route.split:
             self._low = self._down(x)
             return out
         if route.uniform == 0:
             return out
-        return out + role_up(self._down(x), self.reader_up().to(x.dtype), route.roles)
+        return out + role_up(self._down(x), self.reader_up(), route.roles)
 
     def _down(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.lora_dropout[self.roles[0]](x), self.shared_a.to(x.dtype))
@@ -76,9 +79,9 @@ class TiedLoraLinear(LoraLinear):
         return low
 
     def reader_up(self) -> torch.Tensor:
-        """[n_roles, r, d_out]: every role's `B`, transposed and scaled. Differentiable."""
+        """[n_roles, r, d_out]: every role's `B`, transposed and scaled, in the hidden states' dtype. Differentiable."""
         scaled = [b * self.scaling[role] for role, b in zip(self.roles, self.role_b, strict=True)]
-        return torch.stack(scaled).transpose(1, 2)
+        return torch.stack(scaled).transpose(1, 2).to(self._dtype)
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,12 @@ def build_role_model(
         return made
 
     router = Router()
-    peft_model = get_peft_model(model, config(), adapter_name=roles[0])
-    for role in roles[1:]:
-        peft_model.add_adapter(role, config())
+    with warnings.catch_warnings():
+        # PEFT asks transformers by an old name whether gradients are checkpointed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        peft_model = get_peft_model(model, config(), adapter_name=roles[0])
+        for role in roles[1:]:
+            peft_model.add_adapter(role, config())
 
     modules = {}
     for path, module in peft_model.get_base_model().named_modules():
