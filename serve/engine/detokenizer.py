@@ -8,6 +8,10 @@ REPLACEMENT = "\ufffd"
 """What decoding yields for bytes that are not (yet) a character."""
 
 
+MOST_HELD = 8
+"""Tokens that may wait for the rest of a character; a character has at most four bytes, each a token at worst."""
+
+
 class Detokenizer:
     """The text of one answer.
 
@@ -31,9 +35,15 @@ class Detokenizer:
         self._ids.append(token)
         before = self._decode(self._window, self._decoded)
         after = self._decode(self._window, len(self._ids))
+        end = len(self._ids)
         if after.endswith(REPLACEMENT):
-            return ""
-        self._window, self._decoded = self._decoded, len(self._ids)
+            if end - self._decoded <= MOST_HELD:
+                return ""
+            # No character is that long: all but the last few tokens say what they will always say.
+            cuts = range(end - 1, end - MOST_HELD, -1)
+            end = next((cut for cut in cuts if self._decode(self._window, cut) + self._decode(cut, end) == after), end)
+            after = self._decode(self._window, end)
+        self._window, self._decoded = self._decoded, end
         return self._add(after[len(before) :])
 
     def finish(self) -> str:
