@@ -75,8 +75,10 @@ def lora_attention(
 ) -> torch.Tensor:
     """Attention over `[V_base | LR]`, with the reader's `B` applied once per query. Differentiable; any device.
 
-    Without `low` it is plain causal attention with grouped queries. See the module for shapes.
+    Without `low`, `up` and `roles` it is plain causal attention with grouped queries. See the module for shapes.
     """
+    if up is None or roles is None or (isinstance(roles, int) and roles == 0):
+        low = None  # nobody reads it
     heads, tokens, dim = query.shape
     kv_heads, keys, _ = key.shape
     group = heads // kv_heads

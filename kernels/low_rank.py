@@ -39,13 +39,15 @@ def role_up_heads(low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor | int
     Returns [Hkv, G, T, D]; differentiable.
     """
     kv_heads, group, tokens, _ = low.shape
-    n_roles = up.shape[0]
+    n_roles, _, d_out = up.shape
     if isinstance(roles, int):
         if roles == 0:
-            return low.new_zeros(kv_heads, group, tokens, up.shape[2] // kv_heads)
+            return low.new_zeros(kv_heads, group, tokens, d_out // kv_heads)
         spread, up = low, up[roles - 1]
     else:
         onehot = roles.unsqueeze(-1) == torch.arange(1, n_roles + 1, device=roles.device)  # [T, n_roles]
         spread = (onehot.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [Hkv, G, T, n_roles * r]
-    per_head = up.reshape(spread.shape[-1], kv_heads, -1).transpose(0, 1)  # [Hkv, n_roles * r, D]
-    return torch.bmm(spread.reshape(kv_heads, group * tokens, -1), per_head).reshape(kv_heads, group, tokens, -1)
+    inner = spread.shape[-1]
+    per_head = up.reshape(inner, kv_heads, d_out // kv_heads).transpose(0, 1)  # [Hkv, n_roles * r, D]
+    out = torch.bmm(spread.reshape(kv_heads, group * tokens, inner), per_head)
+    return out.reshape(kv_heads, group, tokens, d_out // kv_heads)
