@@ -134,12 +134,13 @@ class _Run:
         """All steps, with the evaluations before, between and after."""
         started = time.monotonic()
         before = self._evaluate(step=0)
+        clock = _Clock(self.settings.max_minutes, started) if self.settings.max_minutes else None
         rows: list[dict[str, Any]] = []
         tasks = iter(self.tasks)
         self.loss.train()
         tokens = 0
         with _bar(self.accelerator) as bar:
-            while len(rows) < self.steps and (progress := self._progress(len(rows), started)) < 1:
+            while len(rows) < self.steps and (progress := self._progress(len(rows), clock)) < 1:
                 step = len(rows) + 1
                 row = self._step(step, list(islice(tasks, self.settings.gradient_accumulation)), progress)
                 row["seconds"] = round(time.monotonic() - started, 3)
@@ -166,17 +167,15 @@ class _Run:
             eval_after=after,
         )
 
-    def _progress(self, done: int, started: float) -> float:
+    def _progress(self, done: int, clock: _Clock | None) -> float:
         """Share of the run that is behind us, the same on every process: by steps, or by time where that is further.
 
         Counted in the middle of the coming step, so that neither the first nor the last has a learning rate of zero.
         """
         progress = (done + 0.5) / self.steps
-        if self.settings.max_minutes is not None:
-            elapsed = (time.monotonic() - started) / (60 * self.settings.max_minutes)
-            furthest = self.accelerator.gather(torch.tensor([elapsed], device=self.accelerator.device)).max().item()
-            # The first step is always taken, so that there is something to save.
-            progress = max(progress, furthest if done else 0.0)
+        if clock is not None and done > 0:  # one step is always taken, so that there is something to save
+            elapsed = torch.tensor([clock.share()], device=self.accelerator.device)
+            progress = max(progress, self.accelerator.gather(elapsed).max().item())
         return progress
 
     def _step(self, number: int, tasks: Sequence[Task], progress: float) -> dict[str, Any]:
@@ -228,6 +227,22 @@ class _Run:
         losses = eval_losses(self.loss, self.held_out, self.built.roles, self.accelerator)
         self.log({"step": step, "eval": losses})
         return losses
+
+
+class _Clock:
+    """How much of the time for steps is used up, of the `minutes` in all, which began at `started`.
+
+    Made when the first evaluation has ended: the last one will take as long, and steps get the time between.
+    """
+
+    def __init__(self, minutes: float, started: float) -> None:
+        self._begin = time.monotonic()
+        evaluation = self._begin - started
+        self._seconds = max(1e-9, 60 * minutes - 2 * evaluation)
+
+    def share(self) -> float:
+        """0 at the first step, 1 when the time is up."""
+        return (time.monotonic() - self._begin) / self._seconds
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:

@@ -48,7 +48,8 @@ class TrainSettings:
     max_steps: int | None = None
     """Exactly so many optimizer steps, whatever `epochs` says."""
     max_minutes: float | None = None
-    """Stop after so long, with the learning rate at its end by then. The run then depends on the machine's speed."""
+    """Stop after so long, the evaluations before and after included, with the learning rate at its end by then. The run
+    then depends on the machine's speed."""
     tokens_per_batch: int = 2048
     """Trajectories are laid end to end, without padding, up to so many tokens; a longer one is a batch of its own."""
     gradient_accumulation: int = 1
