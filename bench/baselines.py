@@ -61,14 +61,21 @@ class PeftTeam:
     """A transformers model with one PEFT adapter per role; one role is active at a time."""
 
     def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
-        """`model` is changed in place: adapters are injected, in its own dtype. `folders`: PEFT folders by role."""
-        (first, folder), *others = folders.items()
-        with quiet_libraries():
-            team = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
-            for role, folder in others:
-                team.load_adapter(str(folder), adapter_name=role)
-        self.model = team.to(model.dtype).eval()
+        """`model` is changed in place: adapters are injected, in its own dtype. `folders`: PEFT folders by role.
+
+        Without folders this is plain transformers, and `base` its only role.
+        """
         self._plain = model
+        self._peft: PeftModel | None = None
+        with quiet_libraries():
+            for role, folder in folders.items():
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(model, str(folder), adapter_name=role)
+                else:
+                    self._peft.load_adapter(str(folder), adapter_name=role)
+        if self._peft is not None:
+            self._peft.to(model.dtype).eval()
+        self.model: Any = self._peft or model
         # transformers renamed the argument; what it calls its cache is asked of the model itself.
         names = inspect.signature(model.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
@@ -118,13 +125,15 @@ class PeftTeam:
 
     @contextmanager
     def _speaking(self, role: str) -> Iterator[None]:
-        if role == BASE:
-            with self.model.disable_adapter():
+        if self._peft is None:
+            yield
+        elif role == BASE:
+            with self._peft.disable_adapter():
                 yield
-            return
-        if self.model.active_adapter != role:
-            self.model.set_adapter(role)
-        yield
+        else:
+            if self._peft.active_adapter != role:
+                self._peft.set_adapter(role)
+            yield
 
     def _tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(token_ids)], device=self._plain.device)

@@ -1,0 +1,75 @@
+"""Asks many questions at once, for as long as there is time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lragent.eval.agent import Complete, Episode, Limits
+from lragent.eval.questions import Question
+from lragent.eval.score import Score, score
+from lragent.eval.testset import TestSet
+from lragent.eval.tools import Desk
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The questions that were asked, in order, and how each trajectory went."""
+
+    questions: tuple[Question, ...]
+    episodes: tuple[Episode, ...]
+
+    @property
+    def score(self) -> Score:
+        """How many were right."""
+        return score(self.questions, self.episodes)
+
+
+def examine(
+    test: TestSet,
+    questions: Sequence[Question],
+    complete: Complete,
+    limits: Limits,
+    *,
+    workers: int,
+    at_least: int = 0,
+    deadline: float = float("inf"),
+    on_end: Callable[[Question, Episode], None] | None = None,
+) -> Examination:
+    """Ask `questions` in order, `workers` at a time; after `deadline` (of `time.monotonic`) none is begun any more
+    once `at_least` have been. `complete` is called from several threads. `on_end` is called after each, one at a time.
+    """
+    library = test.library()
+    begun = iter(range(len(questions)))
+    ended: dict[int, Episode] = {}
+    lock = threading.Lock()
+    broken = threading.Event()
+
+    def work() -> None:
+        try:
+            while not broken.is_set():
+                with lock:
+                    number = next(begun, None)
+                if number is None or (number >= at_least and time.monotonic() > deadline):
+                    return
+                episode = Episode(questions[number].text, Desk(library), complete, test.form, limits).run()
+                with lock:
+                    ended[number] = episode
+                    if on_end is not None:
+                        on_end(questions[number], episode)
+        except BaseException:
+            broken.set()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(work) for _ in range(workers)]
+        try:
+            for task in running:
+                task.result()
+        finally:
+            broken.set()
+    asked = sorted(ended)
+    return Examination(tuple(questions[i] for i in asked), tuple(ended[i] for i in asked))
