@@ -96,16 +96,17 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     source = resolve_model(settings.model)
     team = PeftTeam(load_model(source, dtype, device), peft)
     tokenizer = load_tokenizer(source)
-    with _served(settings, pack, dtype, console) as complete:
+    with _served(settings, pack, dtype, console) as client:
+        complete = openai_complete(client)
         sides = SideBySide(test, complete, TRAINED, Renderer(tokenizer), tokenizer, team, console)
-        _warm_up(complete, team)
+        _warm_up(client, team)
         questions = test.questions[: settings.questions]
         shown = questions[: settings.shown]
         episodes = [sides.play(question, generate=number == 0) for number, question in enumerate(shown)]
         _print_sums(sides.sums, console)
 
         console.rule("5. how many answers are right")
-        untrained = _ask_untrained(test, questions[:AT_LEAST], complete, console)
+        untrained = _ask_untrained(test, questions[:AT_LEAST], client, console)
         deadline = start + settings.minutes * 60
         rest = _ask(test, questions[len(shown) :], complete, deadline, AT_LEAST - len(shown), console)
     asked = Examination((*shown, *rest.questions), (*episodes, *rest.episodes))
@@ -206,7 +207,7 @@ def _inspect(pack: Path) -> None:
 
 
 @contextmanager
-def _served(settings: DemoSettings, pack: Path, dtype: torch.dtype, console: Console) -> Iterator[Complete]:
+def _served(settings: DemoSettings, pack: Path, dtype: torch.dtype, console: Console) -> Iterator[openai.OpenAI]:
     """A server on a free loopback port, and the official client talking to it."""
     words = ["serve", "--roles", str(pack), "--sharing", "base_lr_shared", "--port", "0"]
     words += ["--dtype", str(dtype).removeprefix("torch.")]
@@ -225,15 +226,16 @@ def _served(settings: DemoSettings, pack: Path, dtype: torch.dtype, console: Con
         )
         with client:
             try:
-                yield openai_complete(client)
+                yield client
             except openai.OpenAIError as error:
                 raise child.failure(f"the server did not answer ({error})") from error
 
 
-def _warm_up(complete: Complete, team: PeftTeam) -> None:
-    """The first run of a program pays for things that no later one does, on both sides."""
-    complete(BASE, [{"role": "user", "content": "Good morning."}], 2)
+def _warm_up(client: openai.OpenAI, team: PeftTeam) -> None:
+    """The first runs of a program pay for things that no later one does, on both sides."""
+    complete = _apart(client, "warm-up")
     for role in ROLES:
+        complete(role, [{"role": "user", "content": "Good morning. " * 12}], 2)
         PrefillAnew(team).first_token(Turn(role, tuple(range(64)), ()))
 
 
@@ -257,8 +259,14 @@ def _ask(
     )
 
 
-def _ask_untrained(test: TestSet, questions: tuple[Question, ...], complete: Complete, console: Console) -> Tally:
+def _apart(client: openai.OpenAI, salt: str) -> Complete:
+    """The server with a cache that shares nothing with what is asked otherwise."""
+    return openai_complete(client, extra_body={"cache_salt": salt})
+
+
+def _ask_untrained(test: TestSet, questions: tuple[Question, ...], client: openai.OpenAI, console: Console) -> Tally:
     """The same loop with the base model in the place of every role."""
+    complete = _apart(client, "untrained")
 
     def base(role: str, messages: list[Message], max_tokens: int) -> Reply:
         return complete(BASE, messages, max_tokens)

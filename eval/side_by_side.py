@@ -111,7 +111,7 @@ class SideBySide:
 
     def _print_head(self) -> None:
         heads = ("computed", "reused", "TTFT", "computed", "TTFT", "computed", "TTFT")
-        self._print(Text(""), Text(""), ["LRAgent", "", "", "cache per", "role", "anew", ""], "bold")
+        self._print(Text(""), Text(""), ("LRAgent", "PEFT cache per role", "PEFT anew"), "bold", widths=(29, 19, 19))
         self._print(Text("step", style="bold"), Text("text", style="bold"), heads, "bold")
 
     def _print_step(self, step: Step, reply: Reply, anew: FirstToken, per_role: FirstToken) -> None:
@@ -131,13 +131,15 @@ class SideBySide:
         shown = Text(" ".join(text.split()), style="dim" if role not in STYLES or role == "tool" else "")
         self._print(Text(role, style=style), shown, cells, "")
 
-    def _print(self, role: Text, text: Text, cells: Sequence[str], style: str) -> None:
+    def _print(
+        self, role: Text, text: Text, cells: Sequence[str], style: str, widths: Sequence[int] = (9,) * 7
+    ) -> None:
         """One row of a table that grows while it is watched: every row is a grid of the same widths."""
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(width=7)
         grid.add_column(ratio=1, overflow="fold")
-        for _ in cells:
-            grid.add_column(width=9, justify="right", no_wrap=True)
+        for width in widths:
+            grid.add_column(width=width, justify="right", no_wrap=True)
         grid.add_row(role, text, *(Text(cell, style=style) for cell in cells))
         self.console.print(grid)
 
