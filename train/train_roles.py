@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,4 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Before torch is loaded: by default its threads spin while they wait for one another, on the very cores that the
+    # threads they wait for need when anything else runs. Seven times slower on two busy cores (dev/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main())
