@@ -11,9 +11,6 @@ from lragent.modes import SharingMode
 from lragent.serve.cache.radix import Ints, Namespace, Node, RadixTree
 from lragent.serve.cache.slots import OutOfSlotsError, SlotPool, Slots
 
-GROWTH = 64
-"""Slots that a growing sequence takes at once, so that sequences that grow side by side stay in long runs."""
-
 
 @dataclass(frozen=True)
 class Reader:
@@ -79,12 +76,15 @@ class RoleCache:
     slots: size of the base pool (keys and values). lr_slots: size of the LR pool; in `base_lr_shared` an LR lies under
     the slot of its base entry, so only `base_shared` has a pool and a tree of its own for it.
     a_digest: content digest of the shared A, which names who may read the LR of others.
+    growth: slots that a growing sequence takes at once where there are enough, so that sequences that grow side by side
+    stay in long runs.
     """
 
     mode: SharingMode
     slots: int
     lr_slots: int = 0
     a_digest: str = ""
+    growth: int = 64
     counters: CacheCounters = field(default_factory=CacheCounters)
 
     def __post_init__(self) -> None:
@@ -171,13 +171,14 @@ class RoleCache:
         """
         if not self.fits(lease, length):
             raise OutOfSlotsError(f"{length} positions need more slots than are free or can be evicted.")
+        roomy = min(lease.capacity, -(-length // self.growth) * self.growth)
         if len(lease.base_slots) < length:
-            fresh, evicted = _allocate(self.base_pool, self.base_tree, lease.base_slots, length, lease.capacity)
+            fresh, evicted = _allocate(self.base_pool, self.base_tree, lease.base_slots, length, roomy)
             lease.base_slots = np.concatenate([lease.base_slots, fresh])
             self.counters.base_allocated += len(fresh)
             self.counters.base_evicted += evicted
         if self.own_residuals and len(lease.lr_slots) < length:
-            fresh, evicted = _allocate(self.lr_pool, self.lr_tree, lease.lr_slots, length, lease.capacity)
+            fresh, evicted = _allocate(self.lr_pool, self.lr_tree, lease.lr_slots, length, roomy)
             lease.lr_slots = np.concatenate([lease.lr_slots, fresh])
             self.counters.lr_allocated += len(fresh)
             self.counters.lr_evicted += evicted
@@ -251,17 +252,17 @@ def _obtainable(pool: SlotPool, tree: RadixTree) -> int:
     return pool.free_count + tree.size - tree.locked_size
 
 
-def _allocate(pool: SlotPool, tree: RadixTree, held: Slots, length: int, capacity: int) -> tuple[Slots, int]:
-    """Slots that follow `held`, up to `length` or somewhat more. Returns them, and how many slots were evicted."""
+def _allocate(pool: SlotPool, tree: RadixTree, held: Slots, length: int, roomy: int) -> tuple[Slots, int]:
+    """Slots that follow `held`, up to `roomy` if so many are free, else up to `length`; and how many were evicted."""
     evicted = 0
     needed = length - len(held)
     if pool.free_count < needed:
         gone = tree.evict(max(needed - pool.free_count, pool.size // 64))
         pool.free(gone)
         evicted = len(gone)
-    roomy = min(capacity, -(-length // GROWTH) * GROWTH) - len(held)
+    wanted = roomy - len(held)
     after = int(held[-1]) if len(held) else None
-    return pool.allocate(roomy if pool.free_count >= roomy else needed, after), evicted
+    return pool.allocate(wanted if pool.free_count >= wanted else needed, after), evicted
 
 
 __all__ = ["CacheCounters", "Lease", "OutOfSlotsError", "Reader", "RoleCache"]

@@ -56,10 +56,10 @@ class RoleCacheMachine(RuleBasedStateMachine):
         self.born: dict[int, int] = {}  # by base slot: which forward pass wrote it
         self.over: dict[int, int] = {}  # by LR slot: which base entry it stands beside
 
-    @initialize(lr_slots=st.sampled_from([32, 100]))
-    def start(self, lr_slots: int) -> None:
+    @initialize(lr_slots=st.sampled_from([32, 100]), growth=st.sampled_from([1, 4, 64]))
+    def start(self, lr_slots: int, growth: int) -> None:
         """Either pool may be the one that runs full: then base entries outlive their LR, or would be outlived by it."""
-        self.cache = RoleCache(self.mode, SLOTS, lr_slots=lr_slots, a_digest="A")
+        self.cache = RoleCache(self.mode, SLOTS, lr_slots=lr_slots, a_digest="A", growth=growth)
         self.cache.set_live_writers(self.live)
 
     @property
