@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lragent.eval.agent import Complete, Episode, Limits
+from lragent.eval.agent import Complete, Episode, Limits, Message, Reply
 from lragent.eval.questions import Question
 from lragent.eval.score import Score, score
 from lragent.eval.testset import TestSet
 from lragent.eval.tools import Desk
+
+
+class _StoppedError(Exception):
+    """Another worker failed, or the user gave up."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,19 @@ def examine(
 ) -> Examination:
     """Ask `questions` in order, `workers` at a time; after `deadline` (of `time.monotonic`) none is begun any more
     once `at_least` have been. `complete` is called from several threads. `on_end` is called after each, one at a time.
+
+    What is raised in a worker, or Ctrl-C, ends the others at their next turn, and is raised here.
     """
     library = test.library()
     begun = iter(range(len(questions)))
     ended: dict[int, Episode] = {}
     lock = threading.Lock()
     broken = threading.Event()
+
+    def speak(role: str, messages: list[Message], max_tokens: int) -> Reply:
+        if broken.is_set():
+            raise _StoppedError
+        return complete(role, messages, max_tokens)
 
     def work() -> None:
         try:
@@ -55,11 +66,13 @@ def examine(
                     number = next(begun, None)
                 if number is None or (number >= at_least and time.monotonic() > deadline):
                     return
-                episode = Episode(questions[number].text, Desk(library), complete, test.form, limits).run()
+                episode = Episode(questions[number].text, Desk(library), speak, test.form, limits).run()
                 with lock:
                     ended[number] = episode
                     if on_end is not None:
                         on_end(questions[number], episode)
+        except _StoppedError:
+            return
         except BaseException:
             broken.set()
             raise

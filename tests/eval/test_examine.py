@@ -62,15 +62,18 @@ def test_none_is_begun_after_the_time_but_the_least(test: TestSet) -> None:
 
 
 def test_a_failure_ends_the_others(test: TestSet) -> None:
-    calls = 0
-    lock = threading.Lock()
+    both = threading.Barrier(2)
+    calls: list[str] = []
 
     def broken(role: str, messages: list[Message], max_tokens: int) -> Reply:
-        nonlocal calls
-        with lock:
-            calls += 1
-        raise LRAgentError("gone")
+        calls.append(role)
+        if len(messages) == 2:
+            both.wait(20)  # two trajectories have begun
+        if messages[1]["content"] == test.questions[0].text:
+            raise LRAgentError("gone")
+        time.sleep(0.05)
+        return Reply("nonsense")
 
     with pytest.raises(LRAgentError, match="gone"):
-        examine(test, test.questions, broken, Limits(), workers=2)
-    assert calls <= 2
+        examine(test, test.questions, broken, Limits(iterations=1_000), workers=2)
+    assert len(calls) < 10
