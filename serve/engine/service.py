@@ -87,10 +87,19 @@ class EngineService:
         """End a request; one that has ended already is ignored."""
         self._inbox.put(partial(self._engine.cancel, request_id))
 
-    def generate(self, request: GenerationRequest) -> Chunk:
-        """The whole answer as one chunk. Raises as `submit`, and EngineDeadError if the engine fails meanwhile."""
+    def generate(self, request: GenerationRequest, watch: Callable[[Chunk], None] | None = None) -> Chunk:
+        """The whole answer as one chunk; `watch` is called from the engine's thread with each piece of it.
+
+        Raises as `submit`, and EngineDeadError if the engine fails meanwhile.
+        """
         chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        self.submit(request, chunks.put)
+
+        def take(chunk: Chunk) -> None:
+            if watch is not None:
+                watch(chunk)
+            chunks.put(chunk)
+
+        self.submit(request, take)
         parts = [chunks.get()]
         while parts[-1].finish_reason is None:
             parts.append(chunks.get())

@@ -33,6 +33,10 @@ class UnknownRoleError(UserError):
     """The role asked for is not loaded."""
 
 
+class ContextFullError(UserError):
+    """The prompt leaves no room for an answer."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen and when to stop.
