@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class PeftTeam:
         """
         self._plain = model
         self._peft: PeftModel | None = None
-        with quiet_libraries():
+        with quiet_libraries(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads names that transformers is about to drop
             for role, folder in folders.items():
                 if self._peft is None:
                     self._peft = PeftModel.from_pretrained(model, str(folder), adapter_name=role)

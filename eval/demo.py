@@ -279,14 +279,14 @@ def _print_sums(sums: Sums, console: Console) -> None:
     table = Table(title=f"prompts of the {sums.steps} steps above", title_justify="left", title_style="bold")
     for name in ("", "tokens computed", "tokens reused", "sum of times to first token", "times ours"):
         table.add_column(name, justify="right" if name else "left")
-    total = sums.anew_computed
-    for name, computed, seconds in (
-        ("LRAgent, one cache for all roles", sums.computed, sums.ttft_s),
-        ("transformers + PEFT, a cache per role", sums.per_role_computed, sums.per_role_s),
-        ("transformers + PEFT, prefilled anew", sums.anew_computed, sums.anew_s),
+    of_role = sums.anew_computed - sums.per_role_computed
+    for name, computed, reused, seconds in (
+        ("LRAgent, one cache for all roles", sums.computed, sums.reused, sums.ttft_s),
+        ("transformers + PEFT, a cache per role", sums.per_role_computed, of_role, sums.per_role_s),
+        ("transformers + PEFT, prefilled anew", sums.anew_computed, 0, sums.anew_s),
     ):
         times = f"{seconds / sums.ttft_s:.1f}" if sums.ttft_s else ""
-        table.add_row(name, str(computed), str(total - computed), f"{seconds:.2f} s", times)
+        table.add_row(name, str(computed), str(reused), f"{seconds:.2f} s", times)
     console.print()
     console.print(table)
     console.print(
@@ -294,6 +294,11 @@ def _print_sums(sums: Sums, console: Console) -> None:
         f"{sums.generated_same} of them, in {sums.generated_s:.1f} s; LRAgent took {sums.ours_s:.1f} s.",
         highlight=False,
     )
+    if sums.retokenised:
+        console.print(
+            f"In {sums.retokenised} steps the prompt held a word that was generated in other tokens than its text gives; "
+            "LRAgent reuses those that were generated, so its prompts differ by a token or so."
+        )
 
 
 def _print_scores(trained: Tally, untrained: Tally, guess: Tally, console: Console) -> None:

@@ -100,13 +100,13 @@ class SideBySide:
     def _generate(self, anew: PrefillAnew, turn: Turn, step: Step) -> None:
         ends = [self.renderer.end_of_turn]
         made = anew.generate(turn, self.limits.max_tokens[step.role], ends)
-        same = made.token_ids == turn.answer_ids
+        text = self.tokenizer.decode([token for token in made.token_ids if token not in ends])
+        same = text == step.text
         self.sums.generated += 1
         self.sums.generated_same += same
         self.sums.generated_s += made.total_s
         self.sums.ours_s += step.reply.total_s or 0.0 if step.reply else 0.0
         if not same:
-            text = self.tokenizer.decode([token for token in made.token_ids if token not in ends])
             self._print_row("", f"(PEFT's own text here: {text})")
 
     def _print_head(self) -> None:
