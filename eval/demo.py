@@ -296,8 +296,8 @@ def _print_sums(sums: Sums, console: Console) -> None:
     )
     if sums.retokenised:
         console.print(
-            f"In {sums.retokenised} steps the prompt held a word that was generated in other tokens than its text gives; "
-            "LRAgent reuses those that were generated, so its prompts differ by a token or so."
+            f"In {sums.retokenised} steps the prompt held words that were generated in other tokens than their text "
+            "gives; LRAgent reuses those that were generated, so its prompts differ by a token or so."
         )
 
 
