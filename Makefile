@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@touch $@
 	@echo 'set-up done'
 
-demo: $(READY) ## train three roles, pack them, serve them from one cache, and use them (about 8 minutes)
+demo: $(READY) ## train three roles, pack them, serve them from one cache, and use them (about 6 minutes)
 	@$(BIN)/lragent demo
 
 test: $(READY) ## run all tests that need no GPU
