@@ -51,7 +51,9 @@ def _read_message(message: Any, where: str) -> Turn:
     if speaker == "assistant":
         weight = message.get("weight", 1)
         if weight not in (0, 1):
-            raise UserError(f"{where}.weight: is {weight!r}; use 1 to learn the message, 0 to leave it out of the loss.")
+            raise UserError(
+                f"{where}.weight: is {weight!r}; use 1 to learn the message, 0 to leave it out of the loss."
+            )
         author = message.get("name")
         if author is not None and (not isinstance(author, str) or not author):
             raise UserError(f"{where}.name: expected the name of a role, found {_kind(author)}.")

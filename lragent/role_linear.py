@@ -68,8 +68,8 @@ def install_roles(model: nn.Module, adapters: AdapterSet, router: Router) -> Non
         base = model.get_submodule(path)
         parent, _, kind = path.rpartition(".")
         weight = next(base.parameters())
-        place = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.bfloat16}
+        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
         missing = ranks[kind] - shared_a.shape[0]
-        down = F.pad(shared_a, (0, 0, 0, missing)).to(**place)
-        up = F.pad(adapters.scaled_b(path).transpose(1, 2), (0, 0, 0, missing)).contiguous().to(**place)
+        down = F.pad(shared_a, (0, 0, 0, missing)).to(weight.device, dtype)
+        up = F.pad(adapters.scaled_b(path).transpose(1, 2), (0, 0, 0, missing)).contiguous().to(weight.device, dtype)
         setattr(model.get_submodule(parent), kind, RoleLinear(base, kind, down, up, router))

@@ -8,13 +8,13 @@ scaling rule of transformers holds here too.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, [T, D] each, for T positions."""
 
 
-def rope_at(model: nn.Module, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
+def rope_at(model: PreTrainedModel, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
     """The angles of `positions` [T] from the model's rotary embedding."""
     probe = torch.empty(0, dtype=dtype, device=positions.device)
     cos, sin = model.get_decoder().rotary_emb(probe, position_ids=positions.unsqueeze(0))

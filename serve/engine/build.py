@@ -7,14 +7,13 @@ import logging
 
 import psutil
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import BASE, Renderer
 from lragent.errors import UserError
-from lragent.models import check_adaptable, fingerprint, load_model, load_tokenizer, resolve_model
+from lragent.models import check_fits, fingerprint, load_model, load_tokenizer, resolve_model
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.pack import read_pack
 from lragent.role_linear import install_roles
@@ -31,6 +30,8 @@ from lragent.serve.engine.types import RoleCard
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""By name; "auto" is float32 on the CPU and bfloat16 elsewhere."""
 DEFAULT_CACHE_TOKENS = 65_536
 """Slots where nobody says how many, and memory is no concern."""
 MEMORY_SHARE = 0.25
@@ -55,14 +56,14 @@ def build_service(
     """Load everything that `lragent serve` names. The service is not started yet.
 
     model: as `resolve_model` takes it. roles: path of a pack, or None to serve the base model alone. prefix_writer:
-    None takes what the pack was trained for. dtype: "auto" is the stored one. max_model_len, cache_tokens: None derives
+    None takes what the pack was trained for. dtype: a key of `DTYPES`. max_model_len, cache_tokens: None derives
     them from the model and the free memory. Raises UserError naming the option at fault.
     """
     source = resolve_model(model)
     print_of_base = fingerprint(source.path)
     adapters = read_pack(roles, expect_fingerprint=print_of_base) if roles is not None else None
     register_attention()
-    loaded = load_model(source, dtype, device, attn_implementation=ATTENTION)
+    loaded = load_model(source, DTYPES[dtype], device, attn_implementation=ATTENTION)
     engine = build_engine(
         loaded,
         load_tokenizer(source),
@@ -83,7 +84,7 @@ def build_service(
 
 
 def build_engine(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     adapters: AdapterSet | None,
     *,
@@ -99,7 +100,7 @@ def build_engine(
     router = Router()
     split: frozenset[str] = frozenset()
     if adapters is not None:
-        check_adaptable(model, adapters.targets)
+        check_fits(model, adapters)
         if sharing.decomposed:
             split = frozenset(adapters.targets) & {"k_proj", "v_proj"}
         if "k_proj" in split and any(path.endswith("k_norm") for path, _ in model.named_modules()):
@@ -170,10 +171,10 @@ def _warn_of_other_use(adapters: AdapterSet, sharing: SharingMode, prefix_writer
         logger.warning("This pack was trained with prefix_writer %s.", adapters.prefix_writer)
 
 
-def _cache_shape(model: nn.Module, adapters: AdapterSet | None, split: frozenset[str]) -> CacheShape:
+def _cache_shape(model: PreTrainedModel, adapters: AdapterSet | None, split: frozenset[str]) -> CacheShape:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
-    ranks = {kind: 0 for kind in ("v_proj", "k_proj")}
+    ranks = dict.fromkeys(("v_proj", "k_proj"), 0)
     for path in adapters.module_paths if adapters is not None else ():
         kind = path.rpartition(".")[2]
         if adapters is not None and kind in split:
@@ -187,7 +188,7 @@ def _cache_shape(model: nn.Module, adapters: AdapterSet | None, split: frozenset
     )
 
 
-def _max_context(model: nn.Module, asked: int | None) -> int:
+def _max_context(model: PreTrainedModel, asked: int | None) -> int:
     most = int(model.config.get_text_config().max_position_embeddings)
     if asked is None:
         return most

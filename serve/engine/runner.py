@@ -74,7 +74,7 @@ class CachedPass:
         window: int | None,
     ) -> torch.Tensor:
         """See AttentionPass. Writes what is new, then reads the whole context of each piece."""
-        index = layer.layer_idx
+        index = int(layer.layer_idx)  # type: ignore[arg-type]  # transformers' attention layers all have it
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v = self._store_low(v_proj, self.pools.low_v, index)
         low_k = self._store_low(k_proj, self.pools.low_k, index)

@@ -25,7 +25,9 @@ def url(service: FakeService) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
+    # No keep-alive: after a 500 the server closes the connection, and a reused one would be reset under a later test.
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=url, timeout=10, trust_env=False, limits=fresh) as client:
         yield client
 
 

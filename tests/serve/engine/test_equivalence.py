@@ -84,7 +84,7 @@ def test_one_role_makes_all_modes_agree() -> None:
         recorder = Recorder(tiny_engine(mode, adapters))
         ids = list(range(10, 40))
         for _ in range(3):
-            ids += recorder.ask("solo", ids, 6).token_ids + (5, 6, 7)
+            ids += (*recorder.ask("solo", ids, 6).token_ids, 5, 6, 7)
         answers.append((ids, recorder.last_logits()))
     for ids, logits in answers[1:]:
         assert ids == answers[0][0]
