@@ -163,7 +163,7 @@ class Renderer:
 def position_roles(rendered: Rendered, *, asker: str | None, prefix_writer: PrefixWriter | str) -> list[str]:
     """Return the role that processes each position, one name per token.
 
-    That is the author of the next authored token (DESIGN section 3, "Train as you serve"); after the last authored
+    That is the author of the next authored token (training runs as serving does); after the last authored
     token `asker`, or the last author where nobody asks. With `prefix_writer` "base", what comes before the first
     authored token is the base's, except the opening of that turn (or of the turn asked for, where nothing is authored
     yet): its logits are the speaker's first word. Where nothing is authored and nobody asks, all is the base's.

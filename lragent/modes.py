@@ -1,4 +1,4 @@
-"""The four ways in which roles may share a KV cache (DESIGN: sharing modes), and who writes the common prefix."""
+"""The four ways in which roles may share a KV cache (sharing modes), and who writes the common prefix."""
 
 from enum import StrEnum
 

@@ -1,4 +1,4 @@
-"""Independent adapters as one shared A: exact, at the price of rank (DESIGN: legacy adapters).
+"""Independent adapters as one shared A: exact, at the price of rank (for adapters that were trained apart).
 
 The A's of all roles are laid one under the other, and each role's B keeps its columns in its own block of zeros:
 `[A_1; A_2]` with `[B_1 0]` and `[0 B_2]` computes `B_1 A_1` for the first role and `B_2 A_2` for the second.

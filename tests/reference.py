@@ -1,4 +1,4 @@
-"""What a forward pass over a trajectory must give, computed slowly from the definitions (DESIGN, sections 3 and 4).
+"""What a forward pass over a trajectory must give, computed slowly from the definitions.
 
 One token at a time, in float32, with a record of what was cached for every token at every layer. Nothing of `kernels/`,
 PEFT or transformers' forward is used, so an error there cannot hide here. Models: Llama and its likes (Mistral, Qwen2),

@@ -2,7 +2,7 @@
 
 `shared` trains as `base_lr_shared` serves: every position is processed once, by one role, and read by all, each reader
 through its own `B`. `per_role` trains as `non_shared` serves: each role alone over its context, every position its own.
-`mixed` takes batches of both in turn (LRAgent, arXiv 2602.01053, trains `per_role`; DESIGN, "Train as you serve").
+`mixed` takes batches of both in turn (LRAgent, arXiv 2602.01053, trains `per_role`).
 """
 
 from __future__ import annotations

@@ -12,10 +12,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lragent.chat import BASE
 from lragent.serve.api.body import read_json
 from lragent.serve.api.context import Context
 from lragent.serve.api.generation import check_room, gather_answers, stream_chunks, until_gone, usage_body
-from lragent.serve.api.models import BASE, resolve_role
+from lragent.serve.api.models import resolve_role
 from lragent.serve.api.schema import ChatRequest, parse_request
 from lragent.serve.api.sse import DONE, EventStream, event
 from lragent.serve.engine.types import GenerationRequest

@@ -7,11 +7,9 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
+from lragent.chat import BASE
 from lragent.serve.api.context import Context, Service
 from lragent.serve.engine.types import RoleCard, UnknownRoleError
-
-BASE = "base"
-"""The role without an adapter."""
 
 
 def resolve_role(service: Service, model: str) -> str:

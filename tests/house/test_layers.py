@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom (DESIGN section 5), found by reading every file, not by running it."""
+"""The shape of the house: who may import whom, found by reading every file, not by running it."""
 
 import ast
 import importlib.util
