@@ -18,6 +18,8 @@ Rotation is computed in float32 and rounded once, to the dtype of the query or o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -181,8 +183,8 @@ def _check(
 ) -> None:
     arguments = Arguments(query.device)
     arguments.tensor("query", query, "T Hq D", FLOATS)
-    if arguments["D"] % 2:
-        raise ValueError(f"query: the head dimension must be even to be rotated, not {arguments['D']}.")
+    if arguments["D"] % 2 or not arguments["D"]:
+        raise ValueError(f"query: the head dimension must be even and positive, not {arguments['D']}.")
     arguments.tensor("key", key, "T Hkv D", FLOATS)
     arguments.tensor("value", value, "T Hkv D", FLOATS)
     if rope is not None:
@@ -246,34 +248,45 @@ def _launch(
     kv_parts = triton.cdiv(kv_heads, blocks["BLOCK_KV"])
     rank_v = 0 if low_v is None else low_v.shape[1]
     rank_k = 0 if low_k is None else low_k.shape[1]
+    # Triton sees of a stride whether it is a multiple of 16. Rows of a fused projection's output are often multiples of
+    # 8 only, which is enough to read 16 bytes at a time, but must be told.
+    strides = [
+        stride if size > 1 else 0  # never taken, and torch may make it anything
+        for states in (query, key, value)
+        for size, stride in zip(states.shape[:2], states.stride()[:2], strict=True)
+    ]
+    unit = math.gcd(*strides, 8)
     # Tokens come first: that axis of a grid has no limit that matters, the other ends at 65,535.
     _rotary_write_kernel[(tokens, query_parts + kv_parts)](
         query, key, value, low_v, low_k, cos, sin, positions, base_slots, low_slots,
         key_pool, value_pool, low_v_pool, low_k_pool,
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        *(stride // unit for stride in strides),
         0 if low_v is None else low_v.stride(0), 0 if low_k is None else low_k.stride(0),
         0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
         key_pool.stride(0), key_pool.stride(1), value_pool.stride(0), value_pool.stride(1),
         0 if low_v_pool is None else low_v_pool.stride(0), 0 if low_k_pool is None else low_k_pool.stride(0),
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, RANK_V=rank_v, RANK_K=rank_k,
-        ROTATE_KEY=rotate_key and rope is not None, QUERY_PARTS=query_parts,
+        ROTATE_KEY=rotate_key and rope is not None, QUERY_PARTS=query_parts, UNIT=unit,
         BLOCK_RV=triton.next_power_of_2(max(rank_v, 1)), BLOCK_RK=triton.next_power_of_2(max(rank_k, 1)),
         **blocks,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(  # one compilation for all: the unit says what matters about these
+    do_not_specialize=["s_query_t", "s_query_h", "s_key_t", "s_key_h", "s_value_t", "s_value_h"]
+)
 def _rotary_write_kernel(  # type: ignore[no-untyped-def]  # Triton takes the types of parameters from each launch
     p_query, p_key, p_value, p_low_v, p_low_k, p_cos, p_sin, p_positions, p_base_slots, p_low_slots,
     p_key_pool, p_value_pool, p_low_v_pool, p_low_k_pool,
     s_query_t, s_query_h, s_key_t, s_key_h, s_value_t, s_value_h, s_low_v, s_low_k, s_cos, s_sin,
     s_key_pool_h, s_key_pool_s, s_value_pool_h, s_value_pool_s, s_low_v_pool, s_low_k_pool,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, RANK_V: tl.constexpr, RANK_K: tl.constexpr,
-    ROTATE_KEY: tl.constexpr, QUERY_PARTS: tl.constexpr,
+    ROTATE_KEY: tl.constexpr, QUERY_PARTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_RV: tl.constexpr, BLOCK_RK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """One program: one token, and BLOCK_Q query heads or BLOCK_KV key and value heads. `s_` is a stride.
+    """One program: one token, and BLOCK_Q query heads or BLOCK_KV key and value heads. `s_` is a stride; those of
+    query, key and value count in units of UNIT.
 
     Offsets of tokens, heads and slots are int64: a pool of some hundred thousand slots has more than 2^31 numbers.
     All is read before anything is waited for, so that one token takes about as long as its longest chain: position,
@@ -288,7 +301,9 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]  # Triton takes the ty
     if part < QUERY_PARTS:
         if QUERY_PARTS > 0:  # else this is not compiled
             o_q = part * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BQ]
-            p_q = p_query + token * s_query_t + o_q.to(tl.int64)[:, None] * s_query_h + o_c[None, :]  # [BQ, BC]
+            p_q = (
+                p_query + (token * s_query_t + o_q.to(tl.int64)[:, None] * s_query_h) * UNIT + o_c[None, :]
+            )  # [BQ, BC]
             FITS_Q: tl.constexpr = (HEADS % BLOCK_Q == 0) and (HALF == BLOCK_C)
             m_q = None if FITS_Q else (o_q < HEADS)[:, None] & (o_c < HALF)[None, :]
             b_q1 = tl.load(p_q, mask=m_q)
@@ -303,8 +318,8 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]  # Triton takes the ty
         o_row = o_h.to(tl.int64)[:, None]
         FITS_KV: tl.constexpr = (KV_HEADS % BLOCK_KV == 0) and (HALF == BLOCK_C)
         m_kv = None if FITS_KV else (o_h < KV_HEADS)[:, None] & (o_c < HALF)[None, :]
-        p_k = p_key + token * s_key_t + o_row * s_key_h + o_c[None, :]  # [BKV, BC]
-        p_v = p_value + token * s_value_t + o_row * s_value_h + o_c[None, :]
+        p_k = p_key + (token * s_key_t + o_row * s_key_h) * UNIT + o_c[None, :]  # [BKV, BC]
+        p_v = p_value + (token * s_value_t + o_row * s_value_h) * UNIT + o_c[None, :]
         b_k1 = tl.load(p_k, mask=m_kv)
         b_k2 = tl.load(p_k + HALF, mask=m_kv)
         b_v1 = tl.load(p_v, mask=m_kv)

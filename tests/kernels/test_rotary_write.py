@@ -228,8 +228,32 @@ def test_offsets_beyond_32_bits(big: str, device: str) -> None:
     assert torch.equal(got[-1], expected.reshape(case.dim))
 
 
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    """Captured once, it follows the slots and positions that are in place when it runs."""
+    case = Case(tokens=4, heads=8, dim=128, rank_k=4)
+    tensors = inputs(case, torch.bfloat16, "cuda") | pools(case, torch.bfloat16, "cuda") | indices(case, "cuda")
+    rope, query = tables(case.dim, "cuda"), tensors["query"].clone()
+    rotary_write(**tensors, rope=rope)  # compiled before it is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rotary_write(**tensors, rope=rope)
+    for base, low in (((1, 5, -1, 0), (2, -1, -1, 9)), ((-1, -1, 3, 2), (1, 0, -1, 3))):
+        fresh = indices(Case(tokens=4, base=base, low=low), "cuda") | pools(case, torch.bfloat16, "cuda")
+        for name, tensor in (fresh | {"query": query}).items():
+            tensors[name].copy_(tensor)
+        graph.replay()
+        expected = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        expected |= {name: t.float() for name, t in fresh.items() if name.endswith("pool")} | {"query": query.float()}
+        rotary_write_reference(**expected, rope=rope)
+        for name in ("query", "key_pool", "value_pool", "low_v_pool", "low_k_pool"):
+            written = ~expected[name].isnan()
+            assert torch.equal(~tensors[name].isnan(), written)
+            assert_close(tensors[name][written], expected[name][written], torch.bfloat16)
+
+
 WRONG = {
-    "query": lambda t: {"query": t["query"].double()},
+    "query": lambda t: {"query": t["query"][:, :, :63]},
     "key": lambda t: {"key": t["key"][:, :, :32]},
     "value": lambda t: {"value": t["value"][:2]},
     "positions": lambda t: {"positions": t["positions"].long()},
