@@ -1,0 +1,144 @@
+"""The kernels' public functions: arguments are checked, then the fastest way that takes them is chosen.
+
+Attention through the cache has four ways, all of one meaning (`kernels.cached`): split over the context for few new
+tokens; one program per block for many; the context laid out for torch's fused attention, for long chunks of known
+lengths; and plain torch, where there is no GPU or a rank is too large.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lragent.kernels.cached import (
+    MOST_RANK,
+    CachedBatch,
+    LayerCache,
+    Readers,
+    Span,
+    cached_attention_reference,
+    check_cached,
+)
+
+if TYPE_CHECKING:
+    from lragent.kernels.plan import Plan
+
+Way = Literal["split", "prefill", "expanded", "torch"]
+"""How attention is done."""
+
+# Rates on an H100 at Llama-3.1-8B's shapes, in FLOP/s and bytes/s, and seconds: what `choose_way` reckons with.
+KERNEL_RATE, KERNEL_RATE_LOW_KEYS, EXPANDED_RATE = 380e12, 90e12, 630e12
+EXPAND_RATE, EXPAND_LAUNCHES = 2.2e12, 120e-6
+
+BLOCKS_TO_FILL = 2
+"""Blocks for each multiprocessor from which on long chunks need not be split over the context."""
+
+
+def choose_way(
+    query: torch.Tensor, cache: LayerCache, batch: CachedBatch, window: int | None, softcap: float | None
+) -> Way:
+    """The fastest way that takes these arguments."""
+    ranks = [low.shape[1] for low in (cache.low_v, cache.low_k) if low is not None]
+    if not query.is_cuda or max(ranks, default=0) > MOST_RANK:
+        return "torch"
+    if batch.spans and window is None and softcap is None and _expanded_pays(query, cache, batch.spans):
+        return "expanded"
+    blocks = len(batch.roles) * query.shape[1] / 128
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    return "split" if blocks < BLOCKS_TO_FILL * processors else "prefill"
+
+
+def _expanded_pays(query: torch.Tensor, cache: LayerCache, spans: tuple[Span, ...]) -> bool:
+    from lragent.kernels.expanded import CUDNN_DIMS
+
+    heads, dim = query.shape[1:]
+    if dim not in CUDNN_DIMS or query.dtype is torch.float32:
+        return False
+    work = sum(4 * (s.end - s.start) * (s.context - (s.end - s.start) / 2) * heads * dim for s in spans)
+    laid_out = {(s.row, s.role): s.context for s in spans}
+    moved = sum(laid_out.values()) * cache.key.shape[0] * dim * 4 * query.element_size()
+    expanded = work / EXPANDED_RATE + moved / EXPAND_RATE + EXPAND_LAUNCHES * len(spans)
+    return expanded < work / (KERNEL_RATE if cache.low_k is None else KERNEL_RATE_LOW_KEYS)
+
+
+def make_plan(
+    query: torch.Tensor, cache: LayerCache, batch: CachedBatch, *, window: int | None = None, way: Way | None = None
+) -> Plan | None:
+    """Divide a step's attention over the GPU, once for all layers; None where the way needs no plan.
+
+    query: one layer's, for its shape. The plan holds the scratch of the step's attention: calls that share it must be
+    on one stream. In a graph's capture it is remade at every replay, from what the batch's tensors then hold.
+    """
+    way = way or choose_way(query, cache, batch, window, None)
+    if way not in ("split", "prefill") or not len(batch.context):
+        return None
+    from lragent.kernels.launch import padded
+    from lragent.kernels.plan import Plan
+    from lragent.kernels.sizes import Device, Shape, prefill_blocks, split_blocks
+
+    heads, dim = query.shape[1:]
+    kv_heads = cache.key.shape[0]
+    rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
+    shape = Shape(batch.most_new * (heads // kv_heads), dim, rank_v, rank_k, query.element_size())
+    sizes = (split_blocks if way == "split" else prefill_blocks)(shape, Device.of(query.device))
+    plan = Plan.empty(sizes, batch, heads, kv_heads, padded(dim))
+    plan.make(batch, heads, kv_heads, window)
+    return plan
+
+
+def cached_attention(
+    query: torch.Tensor,
+    cache: LayerCache,
+    batch: CachedBatch,
+    readers: Readers,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    plan: Plan | None = None,
+    way: Way | None = None,
+) -> torch.Tensor:
+    """Flash-LoRA-Attention of a step's new tokens over their contexts in the cache.
+
+    query: [T, Hq, D], rotated; whatever is new must be in the pools already. window: a query sees itself and the
+    `window - 1` tokens before it. softcap: scores become `softcap * tanh(score / softcap)`. plan: from `make_plan` of
+    the same batch; without one it is made anew. way: to overrule `choose_way`. Returns [T, Hq, D]; rows of no sequence
+    are undefined. Raises ValueError naming the argument.
+    """
+    sizes = check_cached(query, cache, batch, readers)
+    if not scale > 0:
+        raise ValueError(f"scale: must be positive, not {scale}.")
+    if window is not None and window < 1:
+        raise ValueError(f"window: must be at least 1, not {window}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: must be positive, not {softcap}.")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if not sizes["T"] or not sizes["S"]:
+        return out
+    if way is None:
+        way = choose_way(query, cache, batch, window, softcap)
+        if plan is not None:
+            way = "split" if plan.sizes.programs else "prefill"
+    if way == "torch":
+        return cached_attention_reference(
+            query, cache, batch, readers, scale=scale, window=window, softcap=softcap
+        ).to(query.dtype)  # fmt: skip
+    if max(sizes["rv"] if cache.low_v is not None else 0, sizes["rk"] if cache.low_k is not None else 0) > MOST_RANK:
+        raise ValueError(f"cache.low_v: the kernels hold ranks up to {MOST_RANK}; use way='torch' for larger ones.")
+    if way == "expanded":
+        from lragent.kernels.expanded import expanded_attention
+
+        if batch.spans is None or window is not None or softcap is not None:
+            raise ValueError("way: 'expanded' needs batch.spans, and neither window nor softcap.")
+        expanded_attention(query, cache, batch, readers, batch.spans, out, scale)
+        return out
+    from lragent.kernels.launch import kernel_arguments
+    from lragent.kernels.prefill import launch_prefill
+    from lragent.kernels.split import launch_split
+
+    plan = plan or make_plan(query, cache, batch, window=window, way=way)
+    assert plan is not None
+    arguments = kernel_arguments(query, cache, batch, readers, scale, window, softcap)
+    (launch_split if plan.sizes.programs else launch_prefill)(arguments, plan, out)
+    return out
