@@ -1,0 +1,98 @@
+"""How trajectories laid end to end are cut into tiles for the kernels of `varlen.py`, and how large the tiles are.
+
+Knows no Triton, so that a pass can be laid out anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The block of scores that one program holds at a time: queries x keys. Powers of two, at least 16.
+
+    warps, stages: how many warps share the program, and how many tiles its loop has under way.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name}: a tile's side must be a power of two and at least 16, not {size}.")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tiles of the three kernels: the forward pass, the gradient of keys and values, and that of the queries."""
+
+    forward: Tile
+    grad_keys: Tile
+    grad_queries: Tile
+
+    @classmethod
+    def of(cls, dim: int, dtype: torch.dtype) -> Blocks:
+        """For heads of `dim`: the largest tiles that an H100 compiles without spilling a register, LR part included."""
+        if dtype is torch.float32:  # ordinary multiply-adds, not tensor cores: the operands pass through registers
+            small = Tile(32, 32, 4, 1)
+            return cls(small, small, small)
+        if dim <= 64:
+            return cls(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3))
+        if dim <= 128:
+            return cls(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        return cls(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenLayout:
+    """Where the trajectories of a flat batch of T tokens lie: worked out once a pass, used by every layer.
+
+    spans: half-open, covering 0..T in order. Tables are [N, 3] int32 on `device`, a row for each tile: where its
+    trajectory begins in the batch, the trajectory's length, and where the tile begins in the trajectory.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    device: torch.device
+    _tables: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, spans: Sequence[tuple[int, int]], device: torch.device) -> VarlenLayout:
+        """Raises ValueError where the spans leave a gap, overlap, or are none."""
+        expected = 0
+        for start, end in spans:
+            if start != expected or end < start:
+                raise ValueError(f"spans: must cover 0..T in order; ({start}, {end}) does not begin at {expected}.")
+            expected = end
+        if not expected:
+            raise ValueError("spans: must hold at least one token.")
+        return cls(tuple((start, end) for start, end in spans), device)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.spans[-1][1]
+
+    def query_tiles(self, size: int) -> torch.Tensor:
+        """Tiles of `size` queries, those that see most keys first: what is long must not begin last."""
+        return self._table("queries", size)
+
+    def key_tiles(self, size: int) -> torch.Tensor:
+        """Tiles of `size` keys, those that most queries see first."""
+        return self._table("keys", size)
+
+    def _table(self, kind: str, size: int) -> torch.Tensor:
+        if (kind, size) not in self._tables:
+            rows = [
+                (start, end - start, begin) for start, end in self.spans for begin in range(0, end - start, size)
+            ]  # fmt: skip
+            rows.sort(key=lambda row: row[2] if kind == "queries" else row[1] - row[2], reverse=True)
+            self._tables[kind, size] = torch.tensor(rows, dtype=torch.int32).to(self.device, non_blocking=True)
+        return self._tables[kind, size]
