@@ -12,46 +12,50 @@ import torch
 import triton
 import triton.language as tl
 
-from lragent.kernels.varlen_layout import Blocks, VarlenLayout
+from lragent.kernels.varlen_layout import ALIGNED, Blocks, VarlenLayout
 from lragent.kernels.varlen_tiles import key_ranges, load_tile, raw_scores, seen, to_log2
-
-PREPARED_AT_ONCE = 64
-"""Rows [T * Hq] that a program of `prepare_kernel` reads."""
-
 
 @triton.jit
 def prepare_kernel(
-    p_out, p_grad, p_low_out, p_low_grad, p_low_padded, p_delta,
-    stride_gt, stride_gh, stride_lt, stride_lh, rows, tokens, heads,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BR: tl.constexpr, LOW: tl.constexpr,
+    p_out, p_grad, p_low_out, p_low_grad, p_lse, p_low_filled, p_lse_filled, p_delta, p_tiles,
+    stride_gt, stride_gh, stride_lt, stride_lh, tokens, filled_tokens, heads,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """delta [Hq, T]; and the gradient of low_out as [Hq, T, RP], filled up with zeros, for loads of whole vectors."""
-    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # in [T * Hq]
-    o_t = o_row // heads
-    o_h = o_row % heads
-    m_row = o_row < rows
-    o_d = tl.arange(0, DP)
-    m_out = m_row[:, None] & (o_d[None, :] < D)
-    b_out = tl.load(p_out + o_row[:, None] * D + o_d[None, :], mask=m_out, other=0.0).to(tl.float32)
-    o_grad = (o_t * stride_gt + o_h * stride_gh)[:, None] + o_d[None, :]
-    b_grad = tl.load(p_grad + o_grad, mask=m_out, other=0.0).to(tl.float32)
-    b_delta = tl.sum(b_out * b_grad, 1)
-    o_place = o_h * tokens + o_t
+    """What the others need of every query, at its place among F filled-up tokens, where they load it without a mask:
+    delta and the log-sum-exp [Hq, F], and the gradient of low_out [Hq, F, RP]. What fills up has no weight anywhere.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    p_tile = p_tiles + 4 * tl.program_id(1)
+    first = tl.load(p_tile)
+    length = tl.load(p_tile + 1)
+    m0 = tl.load(p_tile + 2)
+    o_m = m0 + tl.arange(0, BM)
+    o_token = (first + o_m).to(tl.int64)
+    o_place = head * filled_tokens + tl.load(p_tile + 3) + o_m
+    o_row = (o_token * heads + head)[:, None]  # in [T * Hq]
+    m_m = o_m < length
+    o_d = tl.arange(0, DP)[None, :]
+    m_out = m_m[:, None] & (o_d < D)
+    b_out = tl.load(p_out + o_row * D + o_d, mask=m_out, other=0.0).to(tl.float32)
+    b_grad = tl.load(p_grad + o_token[:, None] * stride_gt + head * stride_gh + o_d, mask=m_out, other=0.0)
+    b_delta = tl.sum(b_out * b_grad.to(tl.float32), 1)
     if LOW:
-        o_r = tl.arange(0, RP)
-        m_low = m_row[:, None] & (o_r[None, :] < R)
-        b_low_out = tl.load(p_low_out + o_row[:, None] * R + o_r[None, :], mask=m_low, other=0.0).to(tl.float32)
-        o_grad = (o_t * stride_lt + o_h * stride_lh)[:, None] + o_r[None, :]
-        b_low_grad = tl.load(p_low_grad + o_grad, mask=m_low, other=0.0)
+        o_r = tl.arange(0, RP)[None, :]
+        m_low = m_m[:, None] & (o_r < R)
+        b_low_out = tl.load(p_low_out + o_row * R + o_r, mask=m_low, other=0.0).to(tl.float32)
+        o_low = o_token[:, None] * stride_lt + head * stride_lh + o_r
+        b_low_grad = tl.load(p_low_grad + o_low, mask=m_low, other=0.0)
         b_delta += tl.sum(b_low_out * b_low_grad.to(tl.float32), 1)
-        tl.store(p_low_padded + o_place[:, None] * RP + o_r[None, :], b_low_grad, mask=m_row[:, None])
-    tl.store(p_delta + o_place, b_delta, mask=m_row)
+        tl.store(p_low_filled + o_place[:, None] * RP + o_r, b_low_grad)
+    tl.store(p_delta + o_place, b_delta)
+    b_lse = tl.load(p_lse + head * tokens + o_token, mask=m_m, other=float("inf"))
+    tl.store(p_lse_filled + o_place, b_lse)
 
 
 @triton.jit
 def _gather_queries(
     b_key, b_value, b_low, b_dkey, b_dvalue, b_dlow, p_query, p_grad, p_low_grad, p_lse, p_delta,
-    stride_qh, stride_qt, stride_gh, stride_gt, tokens, lo, hi, o_n, length, scale,
+    stride_qh, stride_qt, stride_gh, stride_gt, filled_tokens, lo, hi, o_n, length, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, LOW: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +74,12 @@ def _gather_queries(
         head = tl.cast(step // steps, tl.int64)
         m = lo + (step - step // steps * steps) * BM
         place = tl.cast(m, tl.int64)
-        row = head * tokens + place
+        row = tl.multiple_of(head * filled_tokens + place, 16)
         m_m = m + o_row < length
         b_query = load_tile(p_query + head * stride_qh + place * stride_qt + o_query, m_m[:, None], m_d, True, D != DP)
         b_grad = load_tile(p_grad + head * stride_gh + place * stride_gt + o_grad, m_m[:, None], m_d, True, D != DP)
-        b_lse = tl.load(p_lse + row + o_row, mask=m_m, other=float("inf"))  # beyond the end all weights are zero
-        b_delta = tl.load(p_delta + row + o_row, mask=m_m, other=0.0)
+        b_lse = tl.load(p_lse + row + o_row)
+        b_delta = tl.load(p_delta + row + o_row)
         b_scores = raw_scores(b_key, b_query, scale, CAP)  # [BN, BM]
         b_weights = tl.exp2(b_scores * factor - b_lse[None, :])
         if MASKED:
@@ -84,7 +88,7 @@ def _gather_queries(
         b_dvalue = tl.dot(b_rounded, b_grad, b_dvalue, input_precision="ieee")
         b_dweights = tl.dot(b_value, tl.trans(b_grad), input_precision="ieee")  # [BN, BM]
         if LOW:
-            b_low_grad = load_tile(p_low_grad + row * RP + o_low, m_m[:, None], m_d, True, False)
+            b_low_grad = tl.load(p_low_grad + row * RP + o_low)
             b_dlow = tl.dot(b_rounded, b_low_grad, b_dlow, input_precision="ieee")
             b_dweights = tl.dot(b_low, tl.trans(b_low_grad), b_dweights, input_precision="ieee")
         b_dscores = b_weights * (b_dweights - b_delta[None, :])
@@ -98,12 +102,12 @@ def _gather_queries(
 def grad_keys_kernel(
     p_query, p_key, p_value, p_low, p_grad, p_low_grad, p_lse, p_delta, p_dkey, p_dvalue, p_dlow, p_tiles,
     stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_gh, stride_gt,
-    stride_dkh, stride_dkt, stride_dvh, stride_dvt, tokens, scale,
+    stride_dkh, stride_dkt, stride_dvh, stride_dvt, tokens, filled_tokens, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     kv = tl.program_id(0).to(tl.int64)
-    p_tile = p_tiles + 3 * tl.program_id(1)
+    p_tile = p_tiles + 4 * tl.program_id(1)
     first = tl.load(p_tile).to(tl.int64)
     length = tl.load(p_tile + 1)
     n0 = tl.load(p_tile + 2)
@@ -119,9 +123,10 @@ def grad_keys_kernel(
     b_low = load_tile(p_low + o_token * RP + o_r, m_n, m_d, True, False) if LOW else None
     p_query += kv * GROUP * stride_qh + first * stride_qt
     p_grad += kv * GROUP * stride_gh + first * stride_gt
-    p_low_grad += (kv * GROUP * tokens + first) * RP
-    p_lse += kv * GROUP * tokens + first
-    p_delta += kv * GROUP * tokens + first
+    filled = tl.multiple_of(kv * GROUP * filled_tokens + tl.load(p_tile + 3), 128)
+    p_low_grad += filled * RP
+    p_lse += filled
+    p_delta += filled
 
     b_dkey = tl.zeros([BN, DP], tl.float32)
     b_dvalue = tl.zeros([BN, DP], tl.float32)
@@ -136,18 +141,18 @@ def grad_keys_kernel(
         b = tl.minimum(hi, a + tl.maximum(0, n0 + WINDOW - a) // BM * BM)
     b_dkey, b_dvalue, b_dlow = _gather_queries(
         b_key, b_value, b_low, b_dkey, b_dvalue, b_dlow, p_query, p_grad, p_low_grad, p_lse, p_delta,
-        stride_qh, stride_qt, stride_gh, stride_gt, tokens, n0, a, o_n, length, scale,
+        stride_qh, stride_qt, stride_gh, stride_gt, filled_tokens, n0, a, o_n, length, scale,
         GROUP, D, DP, RP, BM, LOW, WINDOW, CAP, True,
     )  # fmt: skip
     b_dkey, b_dvalue, b_dlow = _gather_queries(
         b_key, b_value, b_low, b_dkey, b_dvalue, b_dlow, p_query, p_grad, p_low_grad, p_lse, p_delta,
-        stride_qh, stride_qt, stride_gh, stride_gt, tokens, a, b, o_n, length, scale,
+        stride_qh, stride_qt, stride_gh, stride_gt, filled_tokens, a, b, o_n, length, scale,
         GROUP, D, DP, RP, BM, LOW, WINDOW, CAP, False,
     )  # fmt: skip
     if WINDOW is not None:
         b_dkey, b_dvalue, b_dlow = _gather_queries(
             b_key, b_value, b_low, b_dkey, b_dvalue, b_dlow, p_query, p_grad, p_low_grad, p_lse, p_delta,
-            stride_qh, stride_qt, stride_gh, stride_gt, tokens, b, hi, o_n, length, scale,
+            stride_qh, stride_qt, stride_gh, stride_gt, filled_tokens, b, hi, o_n, length, scale,
             GROUP, D, DP, RP, BM, LOW, WINDOW, CAP, True,
         )  # fmt: skip
 
@@ -175,23 +180,24 @@ def _gather_keys(
     o_low = o_row[:, None] * RP + o_r[None, :]  # [BN, RP]
     m_d = o_d[None, :] < D
     factor = to_log2(scale, CAP)
-    for n in tl.range(lo, hi, BN):
-        place = tl.cast(n, tl.int64)
-        m_n = (n + o_row)[:, None] < length
-        b_key = load_tile(p_key + place * stride_kt + o_key, m_n, m_d, MASKED, D != DP)
-        b_value = load_tile(p_value + place * stride_vt + o_value, m_n, m_d, MASKED, D != DP)
-        b_scores = raw_scores(b_query, b_key, scale, CAP)  # [BM, BN]
-        b_dweights = tl.dot(b_grad, tl.trans(b_value), input_precision="ieee")  # [BM, BN]
-        if LOW:
-            b_low = load_tile(p_low + place * RP + o_low, m_n, m_d, MASKED, False)
-            b_dweights = tl.dot(b_low_grad, tl.trans(b_low), b_dweights, input_precision="ieee")
-        b_weights = tl.exp2(b_scores * factor - b_lse[:, None])
-        if MASKED:
-            b_weights = tl.where(seen(o_m[:, None], (n + o_row)[None, :], WINDOW), b_weights, 0.0)
-        b_dscores = b_weights * (b_dweights - b_delta[:, None])
-        if CAP is not None:
-            b_dscores = b_dscores * (1 - b_scores * b_scores)
-        b_dquery = tl.dot(b_dscores.to(b_key.dtype), b_key, b_dquery, input_precision="ieee")
+    if lo < hi:
+        for n in tl.range(lo, hi, BN):
+            place = tl.cast(n, tl.int64)
+            m_n = (n + o_row)[:, None] < length
+            b_key = load_tile(p_key + place * stride_kt + o_key, m_n, m_d, MASKED, D != DP)
+            b_value = load_tile(p_value + place * stride_vt + o_value, m_n, m_d, MASKED, D != DP)
+            b_scores = raw_scores(b_query, b_key, scale, CAP)  # [BM, BN]
+            b_dweights = tl.dot(b_grad, tl.trans(b_value), input_precision="ieee")  # [BM, BN]
+            if LOW:
+                b_low = load_tile(p_low + place * RP + o_low, m_n, m_d, MASKED, False)
+                b_dweights = tl.dot(b_low_grad, tl.trans(b_low), b_dweights, input_precision="ieee")
+            b_weights = tl.exp2(b_scores * factor - b_lse[:, None])
+            if MASKED:
+                b_weights = tl.where(seen(o_m[:, None], (n + o_row)[None, :], WINDOW), b_weights, 0.0)
+            b_dscores = b_weights * (b_dweights - b_delta[:, None])
+            if CAP is not None:
+                b_dscores = b_dscores * (1 - b_scores * b_scores)
+            b_dquery = tl.dot(b_dscores.to(b_key.dtype), b_key, b_dquery, input_precision="ieee")
     return b_dquery
 
 
@@ -199,13 +205,13 @@ def _gather_keys(
 def grad_queries_kernel(
     p_query, p_key, p_value, p_low, p_grad, p_low_grad, p_lse, p_delta, p_dquery, p_tiles,
     stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_gh, stride_gt, stride_dqh, stride_dqt,
-    tokens, scale,
+    filled_tokens, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     kv = head // GROUP
-    p_tile = p_tiles + 3 * tl.program_id(1)
+    p_tile = p_tiles + 4 * tl.program_id(1)
     first = tl.load(p_tile).to(tl.int64)
     length = tl.load(p_tile + 1)
     m0 = tl.load(p_tile + 2)
@@ -218,9 +224,10 @@ def grad_queries_kernel(
     m_d = o_d < D
     b_query = load_tile(p_query + head * stride_qh + o_token * stride_qt + o_d, m_m, m_d, True, D != DP)
     b_grad = load_tile(p_grad + head * stride_gh + o_token * stride_gt + o_d, m_m, m_d, True, D != DP)
-    b_low_grad = load_tile(p_low_grad + (head * tokens + o_token) * RP + o_r, m_m, m_d, True, False) if LOW else None
-    b_lse = tl.load(p_lse + head * tokens + first + o_m, mask=o_m < length, other=float("inf"))
-    b_delta = tl.load(p_delta + head * tokens + first + o_m, mask=o_m < length, other=0.0)
+    o_filled = head * filled_tokens + tl.load(p_tile + 3) + o_m
+    b_low_grad = tl.load(p_low_grad + o_filled[:, None] * RP + o_r) if LOW else None
+    b_lse = tl.load(p_lse + o_filled)
+    b_delta = tl.load(p_delta + o_filled)
     p_key += kv * stride_kh + first * stride_kt
     p_value += kv * stride_vh + first * stride_vt
     p_low += first * RP
@@ -267,18 +274,20 @@ def run_backward(
     heads, tokens, dim = query.shape
     kv_heads = key.shape[0]
     grad, low_grad = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (grad, low_grad))
-    delta = torch.empty_like(lse)
-    padded = None if low is None else query.new_empty(heads, tokens, low.shape[1])
+    filled_tokens = layout.filled_tokens
+    delta, lse_filled = lse.new_empty(2, heads, filled_tokens)
+    low_filled = None if low is None else query.new_empty(heads, filled_tokens, low.shape[1])
     dims = {"D": dim, "DP": triton.next_power_of_2(dim), "RP": 16 if low is None else low.shape[1]}
     dims["LOW"] = low is not None
-    prepare_kernel[(triton.cdiv(heads * tokens, PREPARED_AT_ONCE),)](
-        out, grad, *_or(out, low_out, low_grad, padded), delta,
+    tiles = layout.query_tiles(ALIGNED)
+    prepare_kernel[(heads, len(tiles))](
+        out, grad, *_or(out, low_out, low_grad), lse, *_or(out, low_filled), lse_filled, delta, tiles,
         grad.stride(0), grad.stride(1), *((0, 0) if low_grad is None else low_grad.stride()[:2]),
-        heads * tokens, tokens, heads, R=0 if low_out is None else low_out.shape[2], BR=PREPARED_AT_ONCE, **dims,
+        tokens, filled_tokens, heads, R=0 if low_out is None else low_out.shape[2], BM=ALIGNED, **dims,
     )  # fmt: skip
 
     dims |= {"GROUP": heads // kv_heads, "WINDOW": window, "CAP": softcap}
-    read = (query, key, value, *_or(value, low), grad, *_or(grad, padded), lse, delta)
+    read = (query, key, value, *_or(value, low), grad, *_or(grad, low_filled), lse_filled, delta)
     strides = tuple(step for x in (query, key, value) for step in x.stride()[:2])
     strides += (grad.stride(1), grad.stride(0))
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
@@ -286,13 +295,13 @@ def run_backward(
     tile = blocks.grad_keys
     tiles = layout.key_tiles(tile.keys)
     grad_keys_kernel[(kv_heads, len(tiles))](
-        *read, dkey, dvalue, *_or(lse, dlow), tiles, *strides, *dkey.stride()[:2], *dvalue.stride()[:2], tokens, scale,
+        *read, dkey, dvalue, *_or(lse, dlow), tiles, *strides, *dkey.stride()[:2], *dvalue.stride()[:2], tokens, filled_tokens, scale,
         BM=tile.queries, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **dims,
     )  # fmt: skip
     tile = blocks.grad_queries
     tiles = layout.query_tiles(tile.queries)
     grad_queries_kernel[(heads, len(tiles))](
-        *read, dquery, tiles, *strides, *dquery.stride()[:2], tokens, scale,
+        *read, dquery, tiles, *strides, *dquery.stride()[:2], filled_tokens, scale,
         BM=tile.queries, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **dims,
     )  # fmt: skip
     return dquery, dkey, dvalue, None if dlow is None else dlow.sum(0)

@@ -30,30 +30,31 @@ def _attend(
     m_d = o_d[None, :] < D
     factor = to_log2(scale, CAP)
     # Offsets within a tile stay 32 bits wide; only the place of the tile needs 64.
-    for n in tl.range(lo, hi, BN):
-        place = tl.cast(n, tl.int64)
-        m_n = (n + o_row)[:, None] < length
-        b_key = load_tile(p_key + place * stride_kt + o_key, m_n, m_d, MASKED, D != DP)
-        b_scores = raw_scores(b_query, b_key, scale, CAP)  # [BM, BN]
-        if MASKED:
-            b_scores = tl.where(seen(o_m[:, None], (n + o_row)[None, :], WINDOW), b_scores, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_scores, 1) * factor)  # [BM]
-        if MASKED and WINDOW is not None:
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: all weights must come out zero
-        else:
-            b_shift = b_new
-        b_weights = tl.exp2(b_scores * factor - b_shift[:, None])
-        b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_weights, 1)
-        b_out = b_out * b_decay[:, None]
-        b_value = load_tile(p_value + place * stride_vt + o_value, m_n, m_d, MASKED, D != DP)
-        b_weights = b_weights.to(b_value.dtype)
-        b_out = tl.dot(b_weights, b_value, b_out, input_precision="ieee")
-        if LOW:
-            b_low_out = b_low_out * b_decay[:, None]
-            b_low = load_tile(p_low + place * RP + o_low, m_n, m_n, MASKED, False)
-            b_low_out = tl.dot(b_weights, b_low, b_low_out, input_precision="ieee")
-        b_max = b_new
+    if lo < hi:
+        for n in tl.range(lo, hi, BN):
+            place = tl.cast(n, tl.int64)
+            m_n = (n + o_row)[:, None] < length
+            b_key = load_tile(p_key + place * stride_kt + o_key, m_n, m_d, MASKED, D != DP)
+            b_scores = raw_scores(b_query, b_key, scale, CAP)  # [BM, BN]
+            if MASKED:
+                b_scores = tl.where(seen(o_m[:, None], (n + o_row)[None, :], WINDOW), b_scores, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_scores, 1) * factor)  # [BM]
+            if MASKED and WINDOW is not None:
+                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: all weights must come out zero
+            else:
+                b_shift = b_new
+            b_weights = tl.exp2(b_scores * factor - b_shift[:, None])
+            b_decay = tl.exp2(b_max - b_shift)
+            b_sum = b_sum * b_decay + tl.sum(b_weights, 1)
+            b_out = b_out * b_decay[:, None]
+            b_value = load_tile(p_value + place * stride_vt + o_value, m_n, m_d, MASKED, D != DP)
+            b_weights = b_weights.to(b_value.dtype)
+            b_out = tl.dot(b_weights, b_value, b_out, input_precision="ieee")
+            if LOW:
+                b_low_out = b_low_out * b_decay[:, None]
+                b_low = load_tile(p_low + place * RP + o_low, m_n, m_n, MASKED, False)
+                b_low_out = tl.dot(b_weights, b_low, b_low_out, input_precision="ieee")
+            b_max = b_new
     return b_max, b_sum, b_out, b_low_out
 
 
@@ -66,7 +67,7 @@ def forward_kernel(
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)  # neighbours share a tile's keys in the second-level cache
     kv = head // GROUP
-    p_tile = p_tiles + 3 * tl.program_id(1)
+    p_tile = p_tiles + 4 * tl.program_id(1)
     first = tl.load(p_tile).to(tl.int64)
     length = tl.load(p_tile + 1)
     m0 = tl.load(p_tile + 2)

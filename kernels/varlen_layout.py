@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 import torch
 
 
+ALIGNED = 128
+"""What the kernels keep for each query lies in trajectories filled up to this, so that tiles load it without a mask."""
+
+
 @dataclass(frozen=True)
 class Tile:
-    """The block of scores that one program holds at a time: queries x keys. Powers of two, at least 16.
+    """The block of scores that one program holds at a time: queries x keys, powers of two from 16 to 128.
 
     warps, stages: how many warps share the program, and how many tiles its loop has under way.
     """
@@ -26,8 +30,8 @@ class Tile:
     def __post_init__(self) -> None:
         for name in ("queries", "keys"):
             size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"{name}: a tile's side must be a power of two and at least 16, not {size}.")
+            if not 16 <= size <= ALIGNED or size & (size - 1):
+                raise ValueError(f"{name}: a tile's side must be a power of two from 16 to {ALIGNED}, not {size}.")
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class Blocks:
 class VarlenLayout:
     """Where the trajectories of a flat batch of T tokens lie: worked out once a pass, used by every layer.
 
-    spans: half-open, covering 0..T in order. Tables are [N, 3] int32 on `device`, a row for each tile: where its
-    trajectory begins in the batch, the trajectory's length, and where the tile begins in the trajectory.
+    spans: half-open, covering 0..T in order. Tables are [N, 4] int32 on `device`, a row for each tile: where its
+    trajectory begins in the batch, the trajectory's length, where the tile begins in the trajectory, and where the
+    trajectory begins in the batch once every trajectory is filled up to a multiple of `ALIGNED` tokens.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -80,6 +85,11 @@ class VarlenLayout:
         """T."""
         return self.spans[-1][1]
 
+    @property
+    def filled_tokens(self) -> int:
+        """T, once every trajectory is filled up."""
+        return sum(_filled(end - start) for start, end in self.spans)
+
     def query_tiles(self, size: int) -> torch.Tensor:
         """Tiles of `size` queries, those that see most keys first: what is long must not begin last."""
         return self._table("queries", size)
@@ -90,9 +100,14 @@ class VarlenLayout:
 
     def _table(self, kind: str, size: int) -> torch.Tensor:
         if (kind, size) not in self._tables:
-            rows = [
-                (start, end - start, begin) for start, end in self.spans for begin in range(0, end - start, size)
-            ]  # fmt: skip
+            rows, filled = [], 0
+            for start, end in self.spans:
+                rows += [(start, end - start, begin, filled) for begin in range(0, end - start, size)]
+                filled += _filled(end - start)
             rows.sort(key=lambda row: row[2] if kind == "queries" else row[1] - row[2], reverse=True)
             self._tables[kind, size] = torch.tensor(rows, dtype=torch.int32).to(self.device, non_blocking=True)
         return self._tables[kind, size]
+
+
+def _filled(length: int) -> int:
+    return -(-length // ALIGNED) * ALIGNED
