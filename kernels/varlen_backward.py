@@ -70,17 +70,16 @@ def _gather_queries(
     factor = to_log2(scale, CAP)
     steps = tl.maximum(0, hi - lo + BM - 1) // BM
     # One loop over heads and tiles, so that its loads stay ahead of it from one head to the next.
-    for step in tl.range(0, GROUP * steps):
-        head = tl.cast(step // steps, tl.int64)
-        m = lo + (step - step // steps * steps) * BM
+    head = tl.cast(0, tl.int64)
+    m = lo
+    for _ in tl.range(0, GROUP * steps):
         place = tl.cast(m, tl.int64)
         row = tl.multiple_of(head * filled_tokens + place, 16)
         m_m = m + o_row < length
         b_query = load_tile(p_query + head * stride_qh + place * stride_qt + o_query, m_m[:, None], m_d, True, D != DP)
         b_grad = load_tile(p_grad + head * stride_gh + place * stride_gt + o_grad, m_m[:, None], m_d, True, D != DP)
-        b_lse = tl.load(p_lse + row + o_row)
-        b_delta = tl.load(p_delta + row + o_row)
         b_scores = raw_scores(b_key, b_query, scale, CAP)  # [BN, BM]
+        b_lse = tl.load(p_lse + row + o_row)
         b_weights = tl.exp2(b_scores * factor - b_lse[None, :])
         if MASKED:
             b_weights = tl.where(seen((m + o_row)[None, :], o_n[:, None], WINDOW), b_weights, 0.0)
@@ -91,10 +90,13 @@ def _gather_queries(
             b_low_grad = tl.load(p_low_grad + row * RP + o_low)
             b_dlow = tl.dot(b_rounded, b_low_grad, b_dlow, input_precision="ieee")
             b_dweights = tl.dot(b_low, tl.trans(b_low_grad), b_dweights, input_precision="ieee")
+        b_delta = tl.load(p_delta + row + o_row)
         b_dscores = b_weights * (b_dweights - b_delta[None, :])
         if CAP is not None:
             b_dscores = b_dscores * (1 - b_scores * b_scores)
         b_dkey = tl.dot(b_dscores.to(b_query.dtype), b_query, b_dkey, input_precision="ieee")
+        head += (m + BM >= hi).to(tl.int64)
+        m = tl.where(m + BM >= hi, lo, m + BM)
     return b_dkey, b_dvalue, b_dlow
 
 
