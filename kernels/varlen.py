@@ -37,9 +37,9 @@ def varlen_attention(
     """Causal attention of each trajectory over `[V_base | LR]`: `P V_base` and `P LR` apart. Differentiable.
 
     query: [Hq, T, D]; key, value: [Hkv, T, D], D at most 256, all bfloat16, float16 or float32; low: [T, r], r at most
-    128, taken in the dtype of the values. `P = softmax(softcap * tanh(scale q k^T / softcap))`, or without the cap. With
-    a window a query sees itself and the `window - 1` tokens before it. Only the last dimension must be contiguous.
-    blocks: other tiles than `Blocks.of` gives. Returns out [T, Hq, D] and low_out [T, Hq, r]; low_out is None without
+    128, taken in the dtype of the values. `P = softmax(softcap * tanh(scale q k^T / softcap))`, or without the cap. A
+    query sees itself and, with a window, the `window - 1` tokens before it. Only the last dimension must be contiguous.
+    blocks: other tiles than `Blocks.of` gives. Returns out [T, Hq, D] and low_out [T, Hq, r], which is None without
     `low`. Raises ValueError naming the argument.
     """
     args = Arguments(query.device, T=layout.tokens)
@@ -59,7 +59,7 @@ def varlen_attention(
         if number is not None and number <= 0:
             raise ValueError(f"{name}: must be greater than 0, not {number}.")
     if blocks is None:
-        blocks = Blocks.of(args["D"], query.dtype)
+        blocks = Blocks.of(args["D"], 0 if low is None else args["r"], query.dtype, _roomy(query.device))
     out: tuple[torch.Tensor, torch.Tensor | None] = _VarlenAttention.apply(
         query, key, value, low, layout, blocks, float(scale), window, None if softcap is None else float(softcap)
     )
@@ -98,6 +98,14 @@ def varlen_lora_attention(
     low_out = low_out.transpose(0, 1).reshape(kv_heads, heads // kv_heads, tokens, -1)
     added = role_up_heads(low_out.to(up.dtype), up, roles).reshape(heads, tokens, dim).transpose(0, 1)
     return out + added.to(out.dtype)
+
+
+def _roomy(device: torch.device) -> bool:
+    """Whether programs may have as much shared memory as on an H100, 227 KiB."""
+    if device.type != "cuda":
+        return True
+    facts: Any = torch.cuda.get_device_properties(device)  # torch's own types lack the field
+    return bool(facts.shared_memory_per_block_optin >= 227 << 10)
 
 
 class _VarlenAttention(torch.autograd.Function):

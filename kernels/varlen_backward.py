@@ -15,6 +15,10 @@ import triton.language as tl
 from lragent.kernels.varlen_layout import ALIGNED, Blocks, VarlenLayout
 from lragent.kernels.varlen_tiles import key_ranges, load_tile, raw_scores, seen, to_log2
 
+PREPARED = 32
+"""Queries that a program of `prepare_kernel` takes."""
+
+
 @triton.jit
 def prepare_kernel(
     p_out, p_grad, p_low_out, p_low_grad, p_lse, p_low_filled, p_lse_filled, p_delta, p_tiles,
@@ -28,7 +32,7 @@ def prepare_kernel(
     p_tile = p_tiles + 4 * tl.program_id(1)
     first = tl.load(p_tile)
     length = tl.load(p_tile + 1)
-    m0 = tl.load(p_tile + 2)
+    m0 = tl.load(p_tile + 2) + BM * tl.program_id(2)
     o_m = m0 + tl.arange(0, BM)
     o_token = (first + o_m).to(tl.int64)
     o_place = head * filled_tokens + tl.load(p_tile + 3) + o_m
@@ -133,7 +137,7 @@ def grad_keys_kernel(
     b_dkey = tl.zeros([BN, DP], tl.float32)
     b_dvalue = tl.zeros([BN, DP], tl.float32)
     b_dlow = tl.zeros([BN, RP], tl.float32)
-    # Queries from n0 to a do not see every key of the tile, from a to b all do, from b to hi some are out of the window.
+    # Queries from n0 to a do not see every key of the tile, from a to b all do, from b to hi some no longer do.
     hi = length
     if WINDOW is not None:
         hi = tl.minimum(length, n0 + BN - 1 + WINDOW)
@@ -275,17 +279,18 @@ def run_backward(
     """
     heads, tokens, dim = query.shape
     kv_heads = key.shape[0]
-    grad, low_grad = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (grad, low_grad))
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    low_grad = low_grad if low_grad is None or low_grad.stride(-1) == 1 else low_grad.contiguous()
     filled_tokens = layout.filled_tokens
     delta, lse_filled = lse.new_empty(2, heads, filled_tokens)
     low_filled = None if low is None else query.new_empty(heads, filled_tokens, low.shape[1])
     dims = {"D": dim, "DP": triton.next_power_of_2(dim), "RP": 16 if low is None else low.shape[1]}
     dims["LOW"] = low is not None
     tiles = layout.query_tiles(ALIGNED)
-    prepare_kernel[(heads, len(tiles))](
+    prepare_kernel[(heads, len(tiles), ALIGNED // PREPARED)](
         out, grad, *_or(out, low_out, low_grad), lse, *_or(out, low_filled), lse_filled, delta, tiles,
         grad.stride(0), grad.stride(1), *((0, 0) if low_grad is None else low_grad.stride()[:2]),
-        tokens, filled_tokens, heads, R=0 if low_out is None else low_out.shape[2], BM=ALIGNED, **dims,
+        tokens, filled_tokens, heads, R=0 if low_out is None else low_out.shape[2], BM=PREPARED, **dims,
     )  # fmt: skip
 
     dims |= {"GROUP": heads // kv_heads, "WINDOW": window, "CAP": softcap}
@@ -297,7 +302,8 @@ def run_backward(
     tile = blocks.grad_keys
     tiles = layout.key_tiles(tile.keys)
     grad_keys_kernel[(kv_heads, len(tiles))](
-        *read, dkey, dvalue, *_or(lse, dlow), tiles, *strides, *dkey.stride()[:2], *dvalue.stride()[:2], tokens, filled_tokens, scale,
+        *read, dkey, dvalue, *_or(lse, dlow), tiles, *strides, *dkey.stride()[:2], *dvalue.stride()[:2],
+        tokens, filled_tokens, scale,
         BM=tile.queries, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **dims,
     )  # fmt: skip
     tile = blocks.grad_queries

@@ -39,10 +39,9 @@ def _attend(
             if MASKED:
                 b_scores = tl.where(seen(o_m[:, None], (n + o_row)[None, :], WINDOW), b_scores, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_scores, 1) * factor)  # [BM]
-            if MASKED and WINDOW is not None:
-                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: all weights must come out zero
-            else:
-                b_shift = b_new
+            b_shift = b_new
+            if MASKED and WINDOW is not None:  # where nothing is seen yet, all weights must come out zero
+                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_weights = tl.exp2(b_scores * factor - b_shift[:, None])
             b_decay = tl.exp2(b_max - b_shift)
             b_sum = b_sum * b_decay + tl.sum(b_weights, 1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-
 ALIGNED = 128
 """What the kernels keep for each query lies in trajectories filled up to this, so that tiles load it without a mask."""
 
@@ -43,16 +42,24 @@ class Blocks:
     grad_queries: Tile
 
     @classmethod
-    def of(cls, dim: int, dtype: torch.dtype) -> Blocks:
-        """For heads of `dim`: the largest tiles that an H100 compiles without spilling a register, LR part included."""
+    def of(cls, dim: int, rank: int, dtype: torch.dtype, roomy: bool = True) -> Blocks:
+        """For heads of `dim` and an LR cache of `rank`, 0 = none; roomy: programs may have an H100's shared memory.
+
+        Compiled for an H100, the inner loops of these spill no register at `dim` 64 and 128 with `rank` up to 16, but
+        that of the keys' gradient, at 128, reads 8 unchanging numbers back in every round. Accumulators, and so
+        registers, grow with the columns: tiles shrink as these grow.
+        """
+        columns = _power_of_two(dim) + max(16, _power_of_two(rank))
         if dtype is torch.float32:  # ordinary multiply-adds, not tensor cores: the operands pass through registers
-            small = Tile(32, 32, 4, 1)
-            return cls(small, small, small)
-        if dim <= 64:
-            return cls(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3))
-        if dim <= 128:
-            return cls(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
-        return cls(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1))
+            tile = Tile(32, 32, 4, 1) if columns <= 96 else Tile(32, 32, 8, 1) if columns <= 160 else Tile(16, 32, 8, 1)
+            return cls(tile, tile, tile)
+        if columns <= 96:
+            return cls(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3))
+        if columns <= 160 and roomy:
+            return cls(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        if columns <= 288 and roomy:
+            return cls(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2))
+        return cls(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +118,7 @@ class VarlenLayout:
 
 def _filled(length: int) -> int:
     return -(-length // ALIGNED) * ALIGNED
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()

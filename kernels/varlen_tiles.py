@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_tile(p_tile, m_rows, m_cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    """A tile [R, C] at the pointers p_tile; m_rows [R, 1] and m_cols [1, C] hold where it has memory. Zero elsewhere."""
+    """A tile [R, C] at the pointers p_tile; m_rows [R, 1], m_cols [1, C]: where it has memory. Zero elsewhere."""
     if MASK_ROWS and MASK_COLS:
         return tl.load(p_tile, mask=m_rows & m_cols, other=0.0)
     if MASK_ROWS:
