@@ -85,6 +85,7 @@ class VarlenLayout:
             expected = end
         if not expected:
             raise ValueError("spans: must hold at least one token.")
+        device = torch.zeros(0, device=device).device  # with its index, as tensors have it
         return cls(tuple((start, end) for start, end in spans), device)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
+from tolerances import TOLERANCES, assert_close
 
 pytest.importorskip("triton")
 
@@ -32,7 +32,7 @@ class Case:
     kv_heads: int = 2
     dim: int = 64
     rank: int = 8
-    lengths: tuple[int, ...] = (1, 32, 21)
+    lengths: tuple[int, ...] = (1, 32, 45)
     window: int | None = None
     softcap: float | None = None
     blocks: Blocks | None = SMALL
@@ -105,8 +105,9 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, torch.Tens
     if not case.strided:
         made = {name: tensor.contiguous() for name, tensor in made.items()}
     made["query"] *= 2
+    made["value"] /= 2
     if case.rank:
-        made["low"] = torch.randn(tokens, case.rank, dtype=torch.float64)
+        made["low"] = torch.randn(tokens, case.rank, dtype=torch.float64) / 2
         made["up"] = torch.randn(N_ROLES, case.rank, case.kv_heads * case.dim, dtype=torch.float64) / case.rank
     return {name: tensor.to(device, dtype).requires_grad_() for name, tensor in made.items()}
 
@@ -160,54 +161,70 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = tensors(case, dtype, device)
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
     roles = torch.randint(0, N_ROLES + 1, (sum(case.lengths),), device=device)
-    layout = VarlenLayout.of(case.spans, torch.device(device, 0) if device == "cuda" else torch.device(device))
+    layout = VarlenLayout.of(case.spans, torch.device(device))
     three = [inputs[name] for name in ("query", "key", "value")]
     got = varlen_lora_attention(*three, inputs.get("low"), inputs.get("up"), roles, layout, **case.options)
     want = apart(case, exact, roles)
     assert got.dtype is dtype
     assert got.is_contiguous()
     assert_close(got, want, dtype)
-    chosen = torch.randn_like(got) / 4  # so that gradients, sums over what reads a token, are of order one
+    chosen = torch.randn_like(got) / max(4, len(got) ** 0.5)  # gradients are sums over tokens: of order one so
     gradients = torch.autograd.grad(got, list(inputs.values()), chosen)
     expected = torch.autograd.grad(want, list(exact.values()), chosen.double())
     for name, mine, theirs in zip(inputs, gradients, expected, strict=True):
         assert mine.dtype is dtype, name
         assert_close(mine, theirs, dtype)
+        # Small gradients would pass in any case: hold all together to their own size, as far as they have one.
+        size = theirs.norm() + 0.05 * theirs.numel() ** 0.5
+        assert (mine - theirs).norm() <= TOLERANCES[dtype]["rtol"] * size, name
+
+
+def usual(device: str) -> torch.dtype:
+    """The dtype that every case is tested in."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_every_gradient(case: Case, device: str) -> None:
-    check(case, torch.float32, device)
+    check(case, usual(device), device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", FEW)
-def test_in_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
+def test_in_the_other_dtypes(name: str, dtype: torch.dtype, device: str) -> None:
     if device == "cpu" and dtype is torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 tiles wrongly")
+    if dtype is usual(device):
+        pytest.skip("every case is tested in it above")
     check(CASES[name], dtype, device)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("rank", [0, 8, 16, 128], ids="rank-{}".format)
-@pytest.mark.parametrize("window", [None, 100], ids=["full", "window"])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256], ids="dim-{}".format)
-def test_with_the_tiles_of_every_shape(dim: int, window: int | None, rank: int, dtype: torch.dtype) -> None:
-    case = Case(4, 2, dim, rank, (300, 1, 128, 129, 64), window, None, None)
-    check(case, dtype, "cuda")
+SHAPES = {
+    **{f"{dim}-{rank}": Case(4, 2, dim, rank) for dim in (64, 80, 128, 256) for rank in (0, 16, 128)},
+    "128-8-window": Case(dim=128, window=100),
+    "128-0-window": Case(dim=128, rank=0, window=200),
+    "128-40": Case(dim=128, rank=40),
+    "128-8-softcap": Case(dim=128, softcap=1.5),
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
-def test_every_case_with_the_tiles_of_its_shape(name: str) -> None:
-    check(replace(CASES[name], blocks=None), torch.bfloat16, "cuda")
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_the_tiles_of_every_shape(name: str) -> None:
+    check(replace(SHAPES[name], lengths=(300, 1, 128, 129, 64), blocks=None), torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256], ids="dim-{}".format)
+def test_with_the_tiles_of_every_dtype(dim: int, dtype: torch.dtype) -> None:
+    check(Case(dim=dim, lengths=(300, 1, 128, 129, 64), blocks=None), dtype, "cuda")
 
 
 @pytest.mark.gpu
 def test_the_same_bits_every_time() -> None:
     case = Case(8, 2, 128, 16, (700, 300, 1, 1000), None, None, None)
-    inputs, layout = tensors(case, torch.bfloat16, "cuda"), VarlenLayout.of(case.spans, torch.device("cuda", 0))
+    inputs, layout = tensors(case, torch.bfloat16, "cuda"), VarlenLayout.of(case.spans, torch.device("cuda"))
 
     def once() -> list[torch.Tensor]:
         out, low_out = varlen_attention(*list(inputs.values())[:4], layout, **case.options)
@@ -253,6 +270,7 @@ def test_low_keeps_a_dtype_of_its_own(device: str) -> None:
     assert grad.dtype is torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of the interpreter, about the NaN
 def test_nothing_is_read_across(device: str) -> None:
     """Not even what is no number."""
     case = Case(lengths=(20, 33, 7))
