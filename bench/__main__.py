@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lragent.errors import UserError
 
 BENCHMARKS = {
+    "training_attention": "attention with gradients over decomposed values, against torch's own; needs a GPU",
     "steps": "a 17-step trajectory over three roles: times to first token, and decoding, against transformers + PEFT",
 }
 """Name of the module to what it measures."""

@@ -20,6 +20,7 @@ from lragent.errors import LRAgentError, UserError
 from lragent.kernels.attention import lora_attention
 from lragent.kernels.low_rank import role_up
 from lragent.kernels.packed import PackedLayout, packed_attention
+from lragent.kernels.varlen_layout import VarlenLayout
 from lragent.rope import Rope, rotate
 from lragent.routing import Route
 
@@ -113,8 +114,7 @@ class PackedPass:
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v, up_v = (v_proj.take_low()[0], v_proj.reader_up()) if v_proj else (None, None)
         if k_proj is None:
-            roles = self.route.roles
-            return packed_attention(query, key, value, low_v, up_v, roles, self._layout, scale=scale, window=window)
+            return self._packed(query, key, value, low_v, up_v, scale, window)
         assert self.rope is not None, "a split k_proj needs the rotary embedding"
         low_k, up_k, (cos, sin) = k_proj.take_low()[0], k_proj.reader_up(), self.rope
         parts = []
@@ -129,9 +129,32 @@ class PackedPass:
             )  # fmt: skip
         return torch.cat(parts)
 
+    def _packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        low: torch.Tensor | None,
+        up: torch.Tensor | None,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Every trajectory alone: by the Triton kernel on a GPU, by dense products elsewhere."""
+        roles = self.route.roles
+        if query.is_cuda:
+            from lragent.kernels.varlen import varlen_lora_attention  # needs Triton, which a CPU's torch may lack
+
+            varlen = self._varlen_layout
+            return varlen_lora_attention(query, key, value, low, up, roles, varlen, scale=scale, window=window)
+        return packed_attention(query, key, value, low, up, roles, self._packed_layout, scale=scale, window=window)
+
     @cached_property
-    def _layout(self) -> PackedLayout:
+    def _packed_layout(self) -> PackedLayout:
         return PackedLayout.of(self.spans, self.route.roles.device)
+
+    @cached_property
+    def _varlen_layout(self) -> VarlenLayout:
+        return VarlenLayout.of(self.spans, self.route.roles.device)
 
 
 def attend_by_reader(
