@@ -4,8 +4,7 @@ A *block* is up to BLOCK_M rows of one sequence, a row being one query head of o
 share a key head stand side by side, so that a tile of keys is read once for all of them). A *tile* is BLOCK_N tokens of
 context. A *unit* is one tile of one block for one key head. Units are numbered block by block, head by head, tile by
 tile, and `programs` programs take runs of equal length (stream-K): one long sequence fills the GPU as well as many
-short ones. Where a run ends inside a block, its part of the result goes to scratch, and whoever finishes the block last
-adds up.
+short ones. Where a run ends inside a block, its part of the result goes to scratch, to be added up.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Blocks:
     """Sizes that a kernel is compiled for.
 
     programs: 0 where every block has programs of its own. one_loop: whether the split kernel masks every tile, rather
-    than have a loop without masks before; fewer instructions for one that starts, more for each tile.
+    than have a loop without masks before; fewer instructions to begin with, more for each tile.
     """
 
     block_m: int
@@ -49,8 +48,7 @@ class Plan:
 
     blocks: [most_blocks, BLOCK_FIELDS], all that a program must know of a block, read at one go: the latencies of loads
     that wait for one another would be most of a short step. runs: [programs, RUN_FIELDS], where each program begins:
-    units, block, key head, tile, then that block's fields. totals: [2], units of one head, and blocks. arrived:
-    [most_blocks * Hkv], tiles done of a block that several programs share; zero between launches. part_out:
+    units, block, key head, tile, then that block's fields. totals: [2], units of one head, and blocks. part_out:
     [2 * programs, BLOCK_M, D], part_lse: [2 * programs, BLOCK_M], what a program has of its first and of its last
     block: attention over its tiles, and the logarithm of the softmax's sum.
     """
@@ -59,7 +57,6 @@ class Plan:
     blocks: torch.Tensor
     runs: torch.Tensor
     totals: torch.Tensor
-    arrived: torch.Tensor
     part_out: torch.Tensor
     part_lse: torch.Tensor
 
@@ -81,7 +78,6 @@ class Plan:
             blocks=ints(most_blocks, BLOCK_FIELDS),
             runs=ints(max(sizes.programs, 1), RUN_FIELDS),
             totals=ints(2),
-            arrived=ints(most_blocks * kv_heads if parts else 0),
             part_out=floats(parts, sizes.block_m, dim),
             part_lse=floats(parts, sizes.block_m),
         )

@@ -349,11 +349,11 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]  # Triton takes the ty
             if (low_slot >= 0) & (part == QUERY_PARTS):  # one program of a token's is enough
                 o_low = low_slot.to(tl.int64)
                 if RANK_V > 0:
-                    b_low_v = b_low_v.to(p_low_v_pool.dtype.element_ty)
-                    tl.store(p_low_v_pool + o_low * s_low_v_pool + o_rv, b_low_v, mask=o_rv < RANK_V)
+                    p_new = p_low_v_pool + o_low * s_low_v_pool + o_rv
+                    tl.store(p_new, b_low_v.to(p_new.dtype.element_ty), mask=o_rv < RANK_V)
                 if RANK_K > 0:
-                    b_low_k = b_low_k.to(p_low_k_pool.dtype.element_ty)
-                    tl.store(p_low_k_pool + o_low * s_low_k_pool + o_rk, b_low_k, mask=o_rk < RANK_K)
+                    p_new = p_low_k_pool + o_low * s_low_k_pool + o_rk
+                    tl.store(p_new, b_low_k.to(p_new.dtype.element_ty), mask=o_rk < RANK_K)
 
 
 @triton.jit

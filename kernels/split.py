@@ -1,8 +1,12 @@
 """Flash-LoRA-Attention for few new tokens: decode and short appends, split over the context so that the GPU is full.
 
 See `kernels.plan` for how the work is divided. A program walks through its run of units; a block that lies wholly in
-its run is finished at once. Of a block that several programs share each leaves its part in scratch, and the last to
-arrive adds the parts up and applies the readers' `B`, so that attention and reduction are one launch.
+its run is written at once. Of a block that several programs share each leaves its part in scratch, and a second launch
+adds the parts up. The readers' `B` is applied by each program to its own part, once per row, so that nothing but
+attention itself has to be added up.
+
+Both in one launch, the last program to arrive adding up, was tried and is slower: one program alone reads all parts,
+and what it needs to read many at once costs every program registers.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from lragent.kernels.block import attend_block, normalise_block, store_block
 from lragent.kernels.plan import BLOCK_FIELDS, RUN_FIELDS, Plan, load_block, run_of, run_start
 from lragent.kernels.tile import load_up
 
-MERGED = {16: 8, 32: 4, 64: 2, 128: 1}
-"""Parts that the reduction reads at once, by rows of a block: as many as fit into registers, since each waits as long
-as all together."""
+MERGED = 8
+"""Parts that the reduction reads at once: one waits as long as all together."""
+
+ROWS_ADDED = 4
+"""Rows that one program of the reduction adds up."""
 
 
 @triton.jit
@@ -28,17 +34,16 @@ def _split_kernel(
     p_key, key_head_stride, p_value, value_head_stride, p_low_v, p_low_k,
     p_slots, p_low_slots, table_stride, low_table_stride, p_roles,
     p_up_v, up_v_role, up_v_rank, p_up_k, up_k_role, up_k_rank, p_cos, p_sin, rope_stride, p_norm, key_eps,
-    p_blocks, p_runs, p_totals, p_arrived, p_part_out, p_part_lse,
+    p_blocks, p_runs, p_totals, p_part_out, p_part_lse,
     kv_heads, programs, qk_scale, softcap, window,
     key_stride: tl.constexpr, value_stride: tl.constexpr, low_v_stride: tl.constexpr, low_k_stride: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, RANK_V: tl.constexpr,
     RV: tl.constexpr, RANK_K: tl.constexpr, RK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SAME_SLOTS: tl.constexpr, ONE_LOOP: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    NORMALISED: tl.constexpr, PRECISION: tl.constexpr, MERGED: tl.constexpr, BLOCK_FIELDS: tl.constexpr,
+    NORMALISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_FIELDS: tl.constexpr,
     RUN_FIELDS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    units = tl.load(p_totals) * kv_heads
     p_run = p_runs + program * RUN_FIELDS
     left = tl.load(p_run)
     index = tl.load(p_run + 1)
@@ -75,21 +80,6 @@ def _split_kernel(
         else:
             tl.store(p_part_out + (part * BLOCK_M + o_b)[:, None] * D + o_d[None, :], out, mask=m_m[:, None])
             tl.store(p_part_lse + part * BLOCK_M + o_b, lse)
-            tl.debug_barrier()  # all threads' parts are written before the arrival is seen
-            arrived = tl.atomic_add(p_arrived + index * kv_heads + kv, count, sem="acq_rel", scope="gpu")
-            if arrived + count == tiles:
-                tl.store(p_arrived + index * kv_heads + kv, 0)  # ready for the next launch
-                first_unit = before * kv_heads + kv * tiles
-                first = run_of(first_unit, units, programs)
-                last = run_of(first_unit + tiles - 1, units, programs)
-                # Only the first of them may have begun with an earlier block, which took its first place.
-                late = (run_start(first, units, programs) < first_unit).to(tl.int32)
-                whole = _load_part(p_part_out, p_part_lse, 2 * first + late, m_m, True, D, BLOCK_M)
-                for other in range(first + 1, last + 1, MERGED):
-                    more = _load_parts(p_part_out, p_part_lse, other, last, m_m, D, BLOCK_M, MERGED)
-                    whole = _merge(whole, more)
-                merged = whole[0] / tl.where(whole[2] == 0.0, 1.0, whole[2])[:, None]
-                store_block(merged, p_out, out_stride, kv, start, fresh, first_row, GROUP, DIM, D, BLOCK_M)
         left -= count
         part = 2 * program + 1
         tile = low_tile
@@ -97,24 +87,78 @@ def _split_kernel(
         if (kv == kv_heads) & (left > 0):  # on to the next block; before that, to the same block's next key head
             kv = kv * 0
             index += 1
-            start, fresh, context, row, first_row, low_tile, high_tile, before, least, most = load_block(
+            start, fresh, context, row, first_row, low_tile, high_tile, _before, least, most = load_block(
                 p_blocks + index * BLOCK_FIELDS
             )
             tile = low_tile
 
 
 @triton.jit
-def _load_part(p_part_out, p_part_lse, part, m_m, there, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A part from scratch: its attention [BM, D], its lse [BM], and the weight it has. Not there, it counts nothing.
+def _add_up_kernel(
+    p_out, out_stride, p_blocks, p_totals, p_part_out, p_part_lse, kv_heads, programs,
+    GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+    MERGED: tl.constexpr, BLOCK_FIELDS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one block and key head, where several programs had a part of it."""
+    index, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    start, fresh, _, _, first_row, low_tile, high_tile, before, _, _ = load_block(p_blocks + index * BLOCK_FIELDS)
+    units = tl.load(p_totals) * kv_heads
+    if index >= tl.load(p_totals + 1):
+        return
+    tiles = high_tile - low_tile
+    first_unit = before * kv_heads + kv * tiles
+    first_row += tl.program_id(1) * ROWS
+    if run_of(first_unit, units, programs) == run_of(first_unit + tiles - 1, units, programs):
+        return  # the one program has written it
+    if first_row >= fresh * GROUP:
+        return
+    o_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m_m = first_row + tl.arange(0, ROWS) < fresh * GROUP
+    whole = _add_up(p_part_out, p_part_lse, first_unit, tiles, units, programs, o_b, m_m, D, BLOCK_M, MERGED)
+    store_block(whole, p_out, out_stride, kv, start, fresh, first_row, GROUP, DIM, D, ROWS)
 
-    Read past the L1 cache (.cg), which other programs' writes do not reach.
-    """
-    o_d, o_b = tl.arange(0, D), tl.arange(0, BLOCK_M)
+
+@triton.jit
+def _add_up(
+    p_part_out, p_part_lse, first_unit, tiles, units, programs, o_b, m_m,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """The attention [R, D] of a block's rows `o_b` [R] from the parts of all programs that had some of its tiles."""
+    first = run_of(first_unit, units, programs)
+    last = run_of(first_unit + tiles - 1, units, programs)
+    # Only the first of them may have begun with an earlier block, which took its first place.
+    late = (run_start(first, units, programs) < first_unit).to(tl.int32)
+    whole = _load_part(p_part_out, p_part_lse, 2 * first + late, o_b, m_m, True, D, BLOCK_M)
+    for other in range(first + 1, last + 1, MERGED):
+        more = _load_parts(p_part_out, p_part_lse, other, last, o_b, m_m, D, BLOCK_M, MERGED)
+        whole = _merge(whole, more)
+    return whole[0] / tl.where(whole[2] == 0.0, 1.0, whole[2])[:, None]
+
+
+@triton.jit
+def _load_parts(
+    p_part_out, p_part_lse, other, last, o_b, m_m, D: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr
+):
+    """The first parts of programs `other .. other + COUNT`, up to `last`, as one; all are read before any is added."""
+    if COUNT == 1:
+        return _load_part(p_part_out, p_part_lse, 2 * other, o_b, m_m, other <= last, D, BLOCK_M)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        near = _load_parts(p_part_out, p_part_lse, other, last, o_b, m_m, D, BLOCK_M, HALF)
+        far = _load_parts(p_part_out, p_part_lse, other + HALF, last, o_b, m_m, D, BLOCK_M, HALF)
+        return _merge(near, far)
+
+
+@triton.jit
+def _load_part(p_part_out, p_part_lse, part, o_b, m_m, there, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of a part from scratch: their attention [R, D], their lse [R], and weight [R]. Not there, it counts
+    nothing."""
+    o_d = tl.arange(0, D)
     m_part = m_m & there
-    lse = tl.load(p_part_lse + part * BLOCK_M + o_b, mask=m_part, other=float("-inf"), cache_modifier=".cg")
+    lse = tl.load(p_part_lse + part * BLOCK_M + o_b, mask=m_part, other=float("-inf"))
     p_rows = p_part_out + (part * BLOCK_M + o_b)[:, None] * D + o_d[None, :]
-    out = tl.load(p_rows, mask=m_part[:, None], other=0.0, cache_modifier=".cg")
-    return out, lse, tl.full([BLOCK_M], 1.0, tl.float32)
+    out = tl.load(p_rows, mask=m_part[:, None], other=0.0)
+    return out, lse, tl.where(m_part, 1.0, 0.0)
 
 
 @triton.jit
@@ -126,37 +170,30 @@ def _merge(one, other):
     return one[0] * keep[:, None] + other[0] * take[:, None], lse, one[2] * keep + other[2] * take
 
 
-@triton.jit
-def _load_parts(p_part_out, p_part_lse, other, last, m_m, D: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr):
-    """The first parts of programs `other .. other + COUNT`, up to `last`, as one; all are read before any is added."""
-    if COUNT == 1:
-        return _load_part(p_part_out, p_part_lse, 2 * other, m_m, other <= last, D, BLOCK_M)
-    else:
-        HALF: tl.constexpr = COUNT // 2
-        near = _load_parts(p_part_out, p_part_lse, other, last, m_m, D, BLOCK_M, HALF)
-        far = _load_parts(p_part_out, p_part_lse, other + HALF, last, m_m, D, BLOCK_M, HALF)
-        return _merge(near, far)
-
-
 def launch_split(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> None:
-    """One launch of the split kernel. arguments: as from `kernels.launch.kernel_arguments`."""
-    _split_kernel[(plan.sizes.programs,)](
+    """Attention of the programs' runs, and the reduction. arguments: as from `kernels.launch.kernel_arguments`."""
+    sizes = plan.sizes
+    _split_kernel[(sizes.programs,)](
         p_out=out,
         out_stride=out.stride(0),
         p_blocks=plan.blocks,
         p_runs=plan.runs,
         p_totals=plan.totals,
-        p_arrived=plan.arrived,
         p_part_out=plan.part_out,
         p_part_lse=plan.part_lse,
-        programs=plan.sizes.programs,
-        BLOCK_M=plan.sizes.block_m,
-        BLOCK_N=plan.sizes.block_n,
-        ONE_LOOP=plan.sizes.one_loop,
-        MERGED=MERGED[plan.sizes.block_m],
+        programs=sizes.programs,
+        BLOCK_M=sizes.block_m,
+        BLOCK_N=sizes.block_n,
+        ONE_LOOP=sizes.one_loop,
         BLOCK_FIELDS=BLOCK_FIELDS,
         RUN_FIELDS=RUN_FIELDS,
-        num_warps=plan.sizes.warps,
-        num_stages=plan.sizes.stages,
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
         **arguments,
     )
+    kv_heads = arguments["kv_heads"]
+    _add_up_kernel[(len(plan.blocks) * kv_heads, sizes.block_m // ROWS_ADDED)](
+        out, out.stride(0), plan.blocks, plan.totals, plan.part_out, plan.part_lse, kv_heads, sizes.programs,
+        GROUP=arguments["GROUP"], DIM=arguments["DIM"], D=arguments["D"], BLOCK_M=sizes.block_m, ROWS=ROWS_ADDED,
+        MERGED=MERGED, BLOCK_FIELDS=BLOCK_FIELDS, num_warps=4,
+    )  # fmt: skip

@@ -57,8 +57,8 @@ class Cached:
 
 def rope_tables(length: int, dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles as a model's rotary embedding gives them, with a scaling of attention as YaRN has."""
-    angle = torch.arange(length).unsqueeze(1) * 100.0 ** -torch.linspace(0, 1, dim // 2).unsqueeze(0)
-    cos, sin = (1.2 * torch.cat((part, part), dim=1).to(device) for part in (angle.cos(), angle.sin()))
+    angle = torch.arange(length).unsqueeze(1) * 100.0 ** -torch.linspace(0, 1, dim // 2).double().unsqueeze(0)
+    cos, sin = (1.2 * torch.cat((part, part), dim=1).float().to(device) for part in (angle.cos(), angle.sin()))
     return cos, sin
 
 
@@ -92,7 +92,10 @@ def make_cached(case: Case, dtype: torch.dtype, device: str) -> Cached:
     key, value = (pool(base, case.kv_heads, case.dim).transpose(0, 1) for _ in range(2))
     if not case.by_token:
         key, value = key.contiguous(), value.contiguous()
-    ups = [random(case.roles, r, case.kv_heads * case.dim) / 2 if r else None for r in (case.rank_v, case.rank_k)]
+    # What an adapter adds to keys is a small part of them (cosine of 0.98 to 0.99 in the paper), and is rounded like
+    # them.
+    up_v, up_k = (random(case.roles, max(r, 1), case.kv_heads * case.dim) for r in (case.rank_v, case.rank_k))
+    ups = [up_v / 2 if case.rank_v else None, up_k / 8 if case.rank_k else None]
     lows = [pool(low, r) if r else None for r in (case.rank_v, case.rank_k)]
     roles = torch.randint(0, case.roles + 1, (tokens,), generator=draw).int()
     if not case.mixed:

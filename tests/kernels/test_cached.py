@@ -66,7 +66,6 @@ def run(made: Cached, case: Case, blocks: Blocks, times: int = 2) -> torch.Tenso
         out = torch.full_like(made.query, NAN)
         plan.make(made.batch, heads, kv_heads, case.window)
         (launch_split if blocks.programs else launch_prefill)(arguments, plan, out)
-    assert not plan.arrived.any(), "counters must be ready for the next launch"
     return out
 
 
@@ -361,7 +360,7 @@ def test_a_captured_graph_takes_new_lengths_and_roles(way: str) -> None:
 
 
 @pytest.mark.gpu
-def test_results_do_not_depend_on_who_arrives_last() -> None:
+def test_results_are_the_same_every_time() -> None:
     case = Case(new=(1, 8), context=(9000, 5000), kv_heads=8, group=4, dim=128, rank_v=8)
     made = make_cached(case, torch.bfloat16, "cuda")
     first = cached_attention(*made.arguments, **case.options, way="split")
