@@ -49,7 +49,7 @@ def _split_kernel(
     index = tl.load(p_run + 1)
     kv = tl.load(p_run + 2)
     tile = tl.load(p_run + 3)
-    start, fresh, context, row, first_row, low_tile, high_tile, before, least, most = load_block(p_run + 4)
+    start, fresh, context, row, first_row, low_tile, high_tile, _, least, most = load_block(p_run + 4)
     o_d, o_b = tl.arange(0, D), tl.arange(0, BLOCK_M)
     part = 2 * program  # the first block's part, then the last one's
     while left > 0:
