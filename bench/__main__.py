@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lragent.errors import UserError
 
 BENCHMARKS = {
+    "kernels": "the kernels of serving against what the GPU can do; needs a GPU",
     "training_attention": "attention with gradients over decomposed values, against torch's own; needs a GPU",
     "steps": "a 17-step trajectory over three roles: times to first token, and decoding, against transformers + PEFT",
 }
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print("usage: python -m lragent.bench NAME [options]\n")
         for name, measures in BENCHMARKS.items():
-            print(f"  {name:8} {measures}")
+            print(f"  {name:18} {measures}")
         return 0
     name, *rest = words
     if name not in BENCHMARKS:

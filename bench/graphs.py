@@ -21,7 +21,7 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(run: Callable[[], None], times: int = 15) -> float:
+def microseconds(run: Callable[[], object], times: int = 15) -> float:
     """The median time of `run` on the device, by events."""
     run()
     measured = []

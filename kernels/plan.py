@@ -44,13 +44,14 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the programs of one step do. Tensors are int32 but the float32 scratch; a captured graph fills them anew.
+    """What the programs of one step do. Tensors are int32 but for the scratch; a captured graph fills them anew.
 
     blocks: [most_blocks, BLOCK_FIELDS], all that a program must know of a block, read at one go: the latencies of loads
     that wait for one another would be most of a short step. runs: [programs, RUN_FIELDS], where each program begins:
     units, block, key head, tile, then that block's fields. totals: [2], units of one head, and blocks. part_out:
-    [2 * programs, BLOCK_M, D], part_lse: [2 * programs, BLOCK_M], what a program has of its first and of its last
-    block: attention over its tiles, and the logarithm of the softmax's sum.
+    [2 * programs, BLOCK_M, D], part_lse: [2 * programs, BLOCK_M] float32, what a program has of its first and of its
+    last block: attention over its tiles, in the query's dtype as more would cost bandwidth, and the logarithm of the
+    softmax's sum.
     """
 
     sizes: Blocks
@@ -61,8 +62,9 @@ class Plan:
     part_lse: torch.Tensor
 
     @classmethod
-    def empty(cls, sizes: Blocks, batch: CachedBatch, heads: int, kv_heads: int, dim: int) -> Plan:
-        """Room for every batch of as many tokens and sequences; `make` fills it. dim: padded, as on chip."""
+    def empty(cls, sizes: Blocks, batch: CachedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Plan:
+        """Room for every batch of as many tokens and sequences; `make` fills it. dim: padded, as on chip; dtype: the
+        query's."""
         sequences, tokens, device = len(batch.context), len(batch.roles), batch.context.device
         most_blocks = sequences + tokens * (heads // kv_heads) // sizes.block_m
         parts = 2 * sizes.programs
@@ -70,16 +72,13 @@ class Plan:
         def ints(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        def floats(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
         return cls(
             sizes,
             blocks=ints(most_blocks, BLOCK_FIELDS),
             runs=ints(max(sizes.programs, 1), RUN_FIELDS),
             totals=ints(2),
-            part_out=floats(parts, sizes.block_m, dim),
-            part_lse=floats(parts, sizes.block_m),
+            part_out=torch.empty(parts, sizes.block_m, dim, dtype=dtype, device=device),
+            part_lse=torch.empty(parts, sizes.block_m, dtype=torch.float32, device=device),
         )
 
     def make(self, batch: CachedBatch, heads: int, kv_heads: int, window: int | None) -> None:

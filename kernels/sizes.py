@@ -53,13 +53,15 @@ class Shape:
 
 def split_blocks(shape: Shape, device: Device) -> Blocks:
     """For few new tokens: the least rows that hold them, since the tile of keys costs the same for all."""
+    both = 2 * device.processors
     if shape.rank_k:
-        bm = min(max(16, triton.next_power_of_2(shape.rows)), 64)
-        wanted = Blocks(bm, 32, 4, 5, 2 * device.processors)
+        wanted = Blocks(min(max(16, triton.next_power_of_2(shape.rows)), 64), 32, 4, 5, both)
+    elif shape.rows <= 16:
+        wanted = Blocks(16, 128, 4, 3, both)
     elif shape.rows <= 32:
-        wanted = Blocks(16 if shape.rows <= 16 else 32, 128, 4, 3, 2 * device.processors)
+        wanted = Blocks(32, 64, 4, 5, both)
     elif shape.rows <= 64:
-        wanted = Blocks(64, 64, 4, 3, 2 * device.processors, one_loop=False)
+        wanted = Blocks(64, 64, 4, 3, both)
     else:
         wanted = Blocks(128, 64, 8, 5, device.processors, one_loop=False)
     return _fit(wanted, shape, device)

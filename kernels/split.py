@@ -24,9 +24,6 @@ from lragent.kernels.tile import load_up
 MERGED = 8
 """Parts that the reduction reads at once: one waits as long as all together."""
 
-ROWS_ADDED = 4
-"""Rows that one program of the reduction adds up."""
-
 
 @triton.jit
 def _split_kernel(
@@ -41,8 +38,10 @@ def _split_kernel(
     RV: tl.constexpr, RANK_K: tl.constexpr, RK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SAME_SLOTS: tl.constexpr, ONE_LOOP: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     NORMALISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_FIELDS: tl.constexpr,
-    RUN_FIELDS: tl.constexpr,
+    RUN_FIELDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     p_run = p_runs + program * RUN_FIELDS
     left = tl.load(p_run)
@@ -78,7 +77,11 @@ def _split_kernel(
         if count == tiles:
             store_block(out, p_out, out_stride, kv, start, fresh, first_row, GROUP, DIM, D, BLOCK_M)
         else:
-            tl.store(p_part_out + (part * BLOCK_M + o_b)[:, None] * D + o_d[None, :], out, mask=m_m[:, None])
+            tl.store(
+                p_part_out + (part * BLOCK_M + o_b)[:, None] * D + o_d[None, :],
+                out.to(p_part_out.dtype.element_ty),
+                mask=m_m[:, None],
+            )
             tl.store(p_part_lse + part * BLOCK_M + o_b, lse)
         left -= count
         part = 2 * program + 1
@@ -96,69 +99,55 @@ def _split_kernel(
 @triton.jit
 def _add_up_kernel(
     p_out, out_stride, p_blocks, p_totals, p_part_out, p_part_lse, kv_heads, programs,
-    GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
-    MERGED: tl.constexpr, BLOCK_FIELDS: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MERGED: tl.constexpr,
+    BLOCK_FIELDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one block and key head, where several programs had a part of it."""
-    index, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    """One row of one block and key head, where several programs had a part of it."""
+    if (
+        EARLY
+    ):  # Begun while the split kernel runs, to save a launch's latency. All wait: whoever comes next waits for us.
+        tl.extra.cuda.gdc_wait()
+    index, kv, row = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     start, fresh, _, _, first_row, low_tile, high_tile, before, _, _ = load_block(p_blocks + index * BLOCK_FIELDS)
     units = tl.load(p_totals) * kv_heads
-    if index >= tl.load(p_totals + 1):
+    if (index >= tl.load(p_totals + 1)) | (first_row + row >= fresh * GROUP):
         return
     tiles = high_tile - low_tile
     first_unit = before * kv_heads + kv * tiles
-    first_row += tl.program_id(1) * ROWS
-    if run_of(first_unit, units, programs) == run_of(first_unit + tiles - 1, units, programs):
-        return  # the one program has written it
-    if first_row >= fresh * GROUP:
-        return
-    o_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    m_m = first_row + tl.arange(0, ROWS) < fresh * GROUP
-    whole = _add_up(p_part_out, p_part_lse, first_unit, tiles, units, programs, o_b, m_m, D, BLOCK_M, MERGED)
-    store_block(whole, p_out, out_stride, kv, start, fresh, first_row, GROUP, DIM, D, ROWS)
-
-
-@triton.jit
-def _add_up(
-    p_part_out, p_part_lse, first_unit, tiles, units, programs, o_b, m_m,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
-    """The attention [R, D] of a block's rows `o_b` [R] from the parts of all programs that had some of its tiles."""
     first = run_of(first_unit, units, programs)
     last = run_of(first_unit + tiles - 1, units, programs)
+    if first == last:
+        return  # the one program has written it
     # Only the first of them may have begun with an earlier block, which took its first place.
     late = (run_start(first, units, programs) < first_unit).to(tl.int32)
-    whole = _load_part(p_part_out, p_part_lse, 2 * first + late, o_b, m_m, True, D, BLOCK_M)
+    whole = _load_part(p_part_out, p_part_lse, 2 * first + late, row, True, D, BLOCK_M)
     for other in range(first + 1, last + 1, MERGED):
-        more = _load_parts(p_part_out, p_part_lse, other, last, o_b, m_m, D, BLOCK_M, MERGED)
-        whole = _merge(whole, more)
-    return whole[0] / tl.where(whole[2] == 0.0, 1.0, whole[2])[:, None]
+        whole = _merge(whole, _load_parts(p_part_out, p_part_lse, other, last, row, D, BLOCK_M, MERGED))
+    token, head = start + (first_row + row) // GROUP, kv * GROUP + (first_row + row) % GROUP
+    o_d = tl.arange(0, D)
+    p_row = p_out + token.to(tl.int64) * out_stride + head * DIM
+    tl.store(p_row + o_d, (whole[0] / whole[2]).to(p_out.dtype.element_ty), mask=o_d < DIM)
 
 
 @triton.jit
-def _load_parts(
-    p_part_out, p_part_lse, other, last, o_b, m_m, D: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr
-):
+def _load_parts(p_part_out, p_part_lse, other, last, row, D: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr):
     """The first parts of programs `other .. other + COUNT`, up to `last`, as one; all are read before any is added."""
     if COUNT == 1:
-        return _load_part(p_part_out, p_part_lse, 2 * other, o_b, m_m, other <= last, D, BLOCK_M)
+        return _load_part(p_part_out, p_part_lse, 2 * other, row, other <= last, D, BLOCK_M)
     else:
         HALF: tl.constexpr = COUNT // 2
-        near = _load_parts(p_part_out, p_part_lse, other, last, o_b, m_m, D, BLOCK_M, HALF)
-        far = _load_parts(p_part_out, p_part_lse, other + HALF, last, o_b, m_m, D, BLOCK_M, HALF)
+        near = _load_parts(p_part_out, p_part_lse, other, last, row, D, BLOCK_M, HALF)
+        far = _load_parts(p_part_out, p_part_lse, other + HALF, last, row, D, BLOCK_M, HALF)
         return _merge(near, far)
 
 
 @triton.jit
-def _load_part(p_part_out, p_part_lse, part, o_b, m_m, there, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of a part from scratch: their attention [R, D], their lse [R], and weight [R]. Not there, it counts
-    nothing."""
-    o_d = tl.arange(0, D)
-    m_part = m_m & there
-    lse = tl.load(p_part_lse + part * BLOCK_M + o_b, mask=m_part, other=float("-inf"))
-    p_rows = p_part_out + (part * BLOCK_M + o_b)[:, None] * D + o_d[None, :]
-    out = tl.load(p_rows, mask=m_part[:, None], other=0.0)
-    return out, lse, tl.where(m_part, 1.0, 0.0)
+def _load_part(p_part_out, p_part_lse, part, row, there, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A row of a part from scratch: its attention [D], its lse, and its weight. Not there, it counts nothing."""
+    o_row = part * BLOCK_M + row
+    lse = tl.load(p_part_lse + o_row, mask=there, other=float("-inf"))
+    out = tl.load(p_part_out + o_row.to(tl.int64) * D + tl.arange(0, D), mask=there, other=0.0)
+    return out.to(tl.float32), lse, tl.where(lse == float("-inf"), 0.0, 1.0)
 
 
 @triton.jit
@@ -167,12 +156,13 @@ def _merge(one, other):
     lse = tl.maximum(one[1], other[1])
     safe = tl.where(lse == float("-inf"), 0.0, lse)
     keep, take = tl.exp2(one[1] - safe), tl.exp2(other[1] - safe)
-    return one[0] * keep[:, None] + other[0] * take[:, None], lse, one[2] * keep + other[2] * take
+    return one[0] * keep + other[0] * take, lse, one[2] * keep + other[2] * take
 
 
 def launch_split(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> None:
     """Attention of the programs' runs, and the reduction. arguments: as from `kernels.launch.kernel_arguments`."""
     sizes = plan.sizes
+    early = out.is_cuda and torch.cuda.get_device_capability(out.device) >= (9, 0)
     _split_kernel[(sizes.programs,)](
         p_out=out,
         out_stride=out.stride(0),
@@ -187,13 +177,14 @@ def launch_split(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> No
         ONE_LOOP=sizes.one_loop,
         BLOCK_FIELDS=BLOCK_FIELDS,
         RUN_FIELDS=RUN_FIELDS,
+        EARLY=early,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
         **arguments,
     )
     kv_heads = arguments["kv_heads"]
-    _add_up_kernel[(len(plan.blocks) * kv_heads, sizes.block_m // ROWS_ADDED)](
+    _add_up_kernel[(len(plan.blocks) * kv_heads, sizes.block_m)](
         out, out.stride(0), plan.blocks, plan.totals, plan.part_out, plan.part_lse, kv_heads, sizes.programs,
-        GROUP=arguments["GROUP"], DIM=arguments["DIM"], D=arguments["D"], BLOCK_M=sizes.block_m, ROWS=ROWS_ADDED,
-        MERGED=MERGED, BLOCK_FIELDS=BLOCK_FIELDS, num_warps=4,
+        GROUP=arguments["GROUP"], DIM=arguments["DIM"], D=arguments["D"], BLOCK_M=sizes.block_m,
+        MERGED=MERGED, BLOCK_FIELDS=BLOCK_FIELDS, EARLY=early, num_warps=1, launch_pdl=early,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
 @pytest.fixture(params=["each_alone", "by_roles"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both kernels, which are chosen by size."""
-    monkeypatch.setattr(grouped_up, "EACH_ALONE", 1 << 30 if request.param == "each_alone" else -1)
+    monkeypatch.setattr(grouped_up, "each_alone", lambda *_: request.param == "each_alone")
     return request.param
 
 
@@ -128,7 +128,7 @@ def test_group_by_role(device: str) -> None:
 
 def test_the_order_is_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It changes no result, so only a false one can show: here it leads everybody to a token of the base."""
-    monkeypatch.setattr(grouped_up, "EACH_ALONE", -1)
+    monkeypatch.setattr(grouped_up, "each_alone", lambda *_: False)
     out, low, up, roles = tensors(MIXES["base_among_roles"], 8, 24, torch.float32, device)
     before = out.clone()
     grouped_up_(out, low, up, roles, torch.zeros_like(roles))
