@@ -180,13 +180,16 @@ def materialising(problem: CachedProblem) -> Callable[[LayerCache], torch.Tensor
     slots = sum(span.context for span in spans)
     keys, values = (problem.query.new_empty(slots, KV_HEADS, DIM) for _ in range(2))
     laid = LayerCache(keys.transpose(0, 1), values.transpose(0, 1))
-    starts = torch.tensor([0, *(span.context for span in spans)]).cumsum(0)[:-1].to(keys.device)
-    table = (starts.unsqueeze(1) + torch.arange(problem.batch.slots.shape[1], device=keys.device)).int()
+    starts = [sum(span.context for span in spans[:i]) for i in range(len(spans))]
+    table = (
+        torch.tensor(starts, device=keys.device).unsqueeze(1)
+        + torch.arange(problem.batch.slots.shape[1], device=keys.device)
+    ).int()
     batch = replace(problem.batch, slots=table, low_slots=table)
     plan = make_plan(problem.query, laid, batch, way="split")
 
     def step(cache: LayerCache) -> torch.Tensor:
-        for span, start in zip(spans, starts.tolist(), strict=True):
+        for span, start in zip(spans, starts, strict=True):
             part = slice(start, start + span.context)
             expand(cache, problem.batch, problem.readers, span, keys[part], values[part])
         return cached_attention(problem.query, laid, batch, Readers(), scale=problem.scale, plan=plan)

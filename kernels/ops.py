@@ -82,7 +82,7 @@ def make_plan(
     rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
     shape = Shape(batch.most_new * (heads // kv_heads), dim, rank_v, rank_k, query.element_size())
     sizes = (split_blocks if way == "split" else prefill_blocks)(shape, Device.of(query.device))
-    plan = Plan.empty(sizes, batch, heads, kv_heads, padded(dim), query.dtype)
+    plan = Plan.empty(sizes, batch, heads, kv_heads, padded(dim), padded(rank_v), query.dtype)
     plan.make(batch, heads, kv_heads, window)
     return plan
 

@@ -58,8 +58,9 @@ def run(made: Cached, case: Case, blocks: Blocks, times: int = 2) -> torch.Tenso
     """One kernel with these sizes, its output and scratch poisoned; twice, as what it leaves behind must serve
     again."""
     heads, kv_heads = made.query.shape[1], made.cache.key.shape[0]
-    plan = Plan.empty(blocks, made.batch, heads, kv_heads, padded(case.dim), made.query.dtype)
+    plan = Plan.empty(blocks, made.batch, heads, kv_heads, padded(case.dim), padded(case.rank_v), made.query.dtype)
     plan.part_out.fill_(NAN)
+    plan.part_low.fill_(NAN)
     plan.part_lse.fill_(NAN)
     arguments = kernel_arguments(*made.arguments, case.scale, case.window, case.softcap)
     for _ in range(times):
@@ -107,7 +108,7 @@ def test_a_plan_gives_every_unit_to_one_program(
     roles = torch.zeros(sum(new), dtype=torch.int32)
     tensors = (t.to(device) for t in (starts, contexts.int(), rows, table, table, roles))
     batch = CachedBatch(*tensors, most_new=max(max(new), 1))
-    plan = Plan.empty(Blocks(bm, bn, 4, 2, programs), batch, kv_heads * group, kv_heads, 16, torch.float32)
+    plan = Plan.empty(Blocks(bm, bn, 4, 2, programs), batch, kv_heads * group, kv_heads, 16, 16, torch.float32)
     plan.runs.fill_(-9)
     plan.make(batch, kv_heads * group, kv_heads, window)
 
