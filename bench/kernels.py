@@ -1,8 +1,7 @@
 """`python -m lragent.bench kernels`: the kernels at Llama-3.1-8B's shapes against what the GPU can do.
 
-Each is compared with its definition first, and no speed is reported for a wrong result. Times are of CUDA graphs over
-several layers' tensors, so that the host's part is left out and no layer finds its cache in L2; of long prefill, which
-runs without graphs, times are by events around it. Shares are of the ceilings measured in the same run: a copy's
+Each is compared with its definition first, and no speed is reported for a wrong result. Times are of CUDA graphs, so
+that the host's part is left out, over several layers' tensors, so that none finds its cache in L2. Shares are of the ceilings measured in the same run: a copy's
 bandwidth (bytes read and written), and a matrix product's rate.
 """
 
@@ -11,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -109,7 +106,7 @@ class Bench:
         return us
 
 
-def graphed(step: Callable[[LayerCache], torch.Tensor], problem: CachedProblem) -> tuple[float, float]:
+def graphed(step: Callable[[LayerCache], torch.Tensor], problem: CachedProblem, times: int = 15) -> tuple[float, float]:
     """Microseconds of one layer's `step` in a captured graph of all layers, and the last one's error."""
     outs: list[torch.Tensor] = []
 
@@ -117,7 +114,7 @@ def graphed(step: Callable[[LayerCache], torch.Tensor], problem: CachedProblem) 
         outs[:] = [step(cache) for cache in problem.caches]
 
     graph = capture(run)
-    us = microseconds(graph.replay) / len(problem.caches)
+    us = microseconds(graph.replay, times) / len(problem.caches)
     return us, problem.error(outs[-1])
 
 
@@ -229,9 +226,8 @@ def long_prefill(bench: Bench, ranks: Sequence[int]) -> None:
             for way in ways:
                 if way == "prefill" and rank_k and new > 8192:
                     continue
-                step = attending(problem, way)
-                error = problem.error(step(problem.caches[0]))
-                us = times[rank, rank_k, way] = microseconds(partial(step, problem.caches[0]), times=5)
+                times[rank, rank_k, way], error = graphed(attending(problem, way), problem, times=5)
+                us = times[rank, rank_k, way]
                 note = f"{us / times[0, 0, way]:.3f}x of no LR" if rank else ""
                 note += f"{', ' if note else ''}{us / theirs:.3f}x of cuDNN's" if theirs else ""
                 name = "laid out for cuDNN" if way == "expanded" else "our kernel"
@@ -248,14 +244,14 @@ def cudnn(problem: CachedProblem, rank: int) -> float:
     query = problem.query.transpose(0, 1).unsqueeze(0).contiguous()
     columns = cache.value.new_ones(KV_HEADS, cache.value.shape[1], -(-rank // 8) * 8)
     value = torch.cat((cache.value, columns), dim=-1)
-    backend: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-    with backend:
-        return microseconds(
-            lambda: F.scaled_dot_product_attention(
-                query, cache.key.unsqueeze(0), value.unsqueeze(0), is_causal=True, enable_gqa=True
-            ),
-            times=5,
+
+    def run() -> None:
+        F.scaled_dot_product_attention(
+            query, cache.key.unsqueeze(0), value.unsqueeze(0), is_causal=True, enable_gqa=True
         )
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return microseconds(capture(run).replay, times=5)
 
 
 def rotary_and_write(bench: Bench) -> None:

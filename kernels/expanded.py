@@ -138,11 +138,11 @@ def expanded_attention(
     batch: CachedBatch,
     readers: Readers,
     spans: tuple[Span, ...],
-    out: torch.Tensor,
     scale: float,
-) -> None:
-    """Attention of every span, one after the other. query, out: [T, Hq, D]. Needs a CUDA device and cuDNN."""
+) -> torch.Tensor:
+    """Attention of every span, one after the other. query: [T, Hq, D]. Returns [T, Hq, D]; needs CUDA and cuDNN."""
     kv_heads, _, dim = cache.key.shape
+    out = None if len(spans) == 1 else torch.empty(query.shape, dtype=query.dtype, device=query.device)
     longest = max(span.context for span in spans)
     keys, values = (query.new_empty(longest, kv_heads, dim) for _ in range(2))
     laid: dict[str, Any] = {"row": None, "key_role": None, "value_role": None, "context": 0}
@@ -153,26 +153,32 @@ def expanded_attention(
         if new_keys or new_values:
             expand(cache, batch, readers, span, keys if new_keys else None, values if new_values else None)
             laid = {"row": span.row, "key_role": span.role, "value_role": span.role, "context": span.context}
-        _attend_span(query, keys, values, span, out, scale)
+        found = _attend_span(query[span.start : span.end], keys, values, span, scale)
+        if out is None:
+            return found
+        out[span.start : span.end] = found
+    assert out is not None, "there is at least one span"
+    return out
 
 
 def _attend_span(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, out: torch.Tensor, scale: float
-) -> None:
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scale: float
+) -> torch.Tensor:
+    """query: [n, Hq, D], the span's. Returns the same shape."""
     fresh = span.end - span.start
     cached = span.context - fresh
-    asked = query[span.start : span.end].transpose(0, 1).unsqueeze(0)  # [1, Hq, n, D]
+    asked = query.transpose(0, 1).unsqueeze(0)  # [1, Hq, n, D]
     own = slice(cached, span.context)
     part, lse = _cudnn(asked, keys[own], values[own], True, scale)
     if not cached:
-        out[span.start : span.end] = part
-        return
+        return part
     before, lse_before = _cudnn(asked, keys[:cached], values[:cached], False, scale)
-    heads, dim = out.shape[1:]
+    heads, dim = part.shape[1:]
     _join_kernel[(fresh,)](
-        out[span.start], out.stride(0), before, part, lse_before, lse, fresh,
+        part, part.stride(0), before, part, lse_before, lse, fresh,
         HEADS=heads, H=triton.next_power_of_2(heads), DIM=dim, D=padded(dim), num_warps=4,
     )  # fmt: skip
+    return part
 
 
 def _cudnn(

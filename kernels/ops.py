@@ -29,7 +29,7 @@ Way = Literal["split", "prefill", "expanded", "torch"]
 
 # Rates on an H100 at Llama-3.1-8B's shapes, in FLOP/s and bytes/s, and seconds: what `choose_way` reckons with.
 KERNEL_RATE, KERNEL_RATE_LOW_KEYS, EXPANDED_RATE = 380e12, 90e12, 630e12
-EXPAND_RATE, EXPAND_LAUNCHES = 2.2e12, 120e-6
+EXPAND_RATE, EXPAND_LAUNCHES = 2.2e12, 40e-6
 
 BLOCKS_TO_FILL = 2
 """Blocks for each multiprocessor from which on long chunks need not be split over the context."""
@@ -113,9 +113,8 @@ def cached_attention(
         raise ValueError(f"window: must be at least 1, not {window}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: must be positive, not {softcap}.")
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not sizes["T"] or not sizes["S"]:
-        return out
+        return torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if way is None:
         way = choose_way(query, cache, batch, window, softcap)
         if plan is not None:
@@ -129,16 +128,16 @@ def cached_attention(
     if way == "expanded":
         from lragent.kernels.expanded import expanded_attention
 
-        if batch.spans is None or window is not None or softcap is not None:
+        if not batch.spans or window is not None or softcap is not None:
             raise ValueError("way: 'expanded' needs batch.spans, and neither window nor softcap.")
-        expanded_attention(query, cache, batch, readers, batch.spans, out, scale)
-        return out
+        return expanded_attention(query, cache, batch, readers, batch.spans, scale)
     from lragent.kernels.launch import kernel_arguments
     from lragent.kernels.prefill import launch_prefill
     from lragent.kernels.split import launch_split
 
     plan = plan or make_plan(query, cache, batch, window=window, way=way)
     assert plan is not None
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     arguments = kernel_arguments(query, cache, batch, readers, scale, window, softcap)
     (launch_split if plan.sizes.programs else launch_prefill)(arguments, plan, out)
     return out
