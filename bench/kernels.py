@@ -1,8 +1,8 @@
 """`python -m lragent.bench kernels`: the kernels at Llama-3.1-8B's shapes against what the GPU can do.
 
 Each is compared with its definition first, and no speed is reported for a wrong result. Times are of CUDA graphs, so
-that the host's part is left out, over several layers' tensors, so that none finds its cache in L2. Shares are of the ceilings measured in the same run: a copy's
-bandwidth (bytes read and written), and a matrix product's rate.
+that the host's part is left out, over several layers' tensors, so that none finds its cache in L2. Shares are of the
+ceilings measured in the same run: a copy's bandwidth (bytes read and written), and a matrix product's rate.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
 
 import torch
 import torch.nn.functional as F
