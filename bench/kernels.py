@@ -68,15 +68,13 @@ class Row:
 class Bench:
     """Collects rows, and prints each as it comes."""
 
-    def __init__(self, device: torch.device, console: Console) -> None:
+    def __init__(self, device: torch.device, console: Console, ceilings: Ceilings) -> None:
         self.device = device
         self.console = console
+        self.ceilings = ceilings
         self.rows: list[Row] = []
-        self.ceilings = Ceilings.measure(device)
-        console.print(
-            f"copy {self.ceilings.copy / 1e12:.2f} TB/s, products {self.ceilings.products / 1e12:.0f} TFLOP/s",
-            highlight=False,
-        )
+        shown = f"copy {ceilings.copy / 1e12:.2f} TB/s, products {ceilings.products / 1e12:.0f} TFLOP/s"
+        console.print(shown, highlight=False)
 
     def add(
         self,
@@ -376,7 +374,7 @@ def main(argv: Sequence[str]) -> int:
     if min(args.ranks) < 1:
         raise UserError("--ranks: must be at least 1.")
     device, console = torch.device("cuda", 0), Console(width=None if Console().is_terminal else 180)
-    bench = Bench(device, console)
+    bench = Bench(device, console, Ceilings.measure(device))
     for part in args.parts:
         PARTS[part](bench, args.ranks)
     numbers = {
