@@ -41,6 +41,12 @@ class RoleLinear(nn.Module):
         low = F.linear(hidden, self.down)
         if route.uniform is not None:
             return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.up[route.uniform - 1]).view_as(out)
+        if out.is_cuda and not torch.is_grad_enabled():
+            from lragent.kernels.grouped_up import grouped_up_  # needs Triton, which a CPU's torch may lack
+
+            # in place, as the base layer has just made `out` for nobody else; a view, never a copy
+            flat = out.view(-1, out.shape[-1])
+            return grouped_up_(flat, low.flatten(0, -2), self.up, route.short_roles, route.order).view_as(out)
         return out + role_up(low, self.up, route.roles)
 
     def take_low(self) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,6 +35,18 @@ class Route:
         first = roles[0] if roles else 0
         uniform = first if all(role == first for role in roles) else None
         return cls(torch.tensor(roles, dtype=torch.long, device=device), uniform, split)
+
+    @cached_property
+    def short_roles(self) -> torch.Tensor:
+        """[T] int32: `roles` as the kernels take them."""
+        return self.roles.to(torch.int32)
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """[T] int32: the order that puts tokens of one role side by side, for all layers. Needs Triton."""
+        from lragent.kernels.grouped_up import group_by_role
+
+        return group_by_role(self.short_roles)
 
 
 class Router:

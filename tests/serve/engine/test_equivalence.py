@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import Recorder, tiny_engine
+from engines import ROLES, Recorder, drive, tiny_engine
 from reference import reference_logits
 from tiny import make_adapter_set, tiny_model
 
 from lragent.modes import SharingMode
 
-ROLES = ("plan", "action", "reflect")
 TARGETS = {
     "q_v": ("q_proj", "v_proj"),
     "q_k_v": ("q_proj", "k_proj", "v_proj"),
@@ -18,27 +17,6 @@ TARGETS = {
     "all_linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def drive(mode: SharingMode, adapters, *, steps: int = 7, seed: int = 0, **options):
-    """A trajectory of several turns by three roles. Yields what each turn's logits were and should be."""
-    recorder = Recorder(tiny_engine(mode, adapters, **options))
-    random = torch.Generator().manual_seed(seed)
-
-    def fresh(count: int) -> list[int]:
-        return torch.randint(3, 280, (count,), generator=random).tolist()
-
-    ids = fresh(11)
-    writers = [0 if mode.one_writer_per_token else 1] * 9  # elsewhere the role that asks first writes it all
-    for step in range(steps):
-        role = ROLES[(0, 1, 1, 2, 0, 2, 1)[step % 7]]
-        index = ROLES.index(role) + 1
-        position_roles = [("base", *ROLES)[w] for w in writers] + [role] * (len(ids) - len(writers))
-        answer = recorder.ask(role, ids, 5, position_roles=position_roles, opening=2)
-        writers += [index] * (len(ids) + 4 - len(writers))
-        ids += answer.token_ids
-        yield recorder, answer, index, list(ids[:-1]), list(writers), recorder.last_logits()
-        ids += fresh((0, 6, 3, 0, 9, 1, 2)[step % 7]) + fresh(2)
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import Recorder, tiny_engine
+from engines import ROLES, Forced, Recorder, tiny_engine
 from peft import PeftModel
 from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 from tolerances import MODEL_TOLERANCES
@@ -27,7 +26,6 @@ from lragent.serve.engine.types import FinishReason
 from lragent.tied_lora import build_role_model
 from lragent.train.data import load_examples
 
-ROLES = ("plan", "action", "reflect")
 ALL = ("base", *ROLES)
 
 
@@ -121,16 +119,6 @@ MESSAGES = [
 ]
 
 
-class Forced:
-    """Draws the tokens that it is given."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self.ids: Iterator[int] = iter(ids)
-
-    def next_token(self, logits: torch.Tensor) -> int:
-        return next(self.ids)
-
-
 @pytest.mark.parametrize("prefix_writer", list(PrefixWriter))
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "up_proj")], ids="-".join)
 def test_what_training_saw_is_what_serving_gives(
@@ -215,7 +203,7 @@ def test_other_weights_under_an_old_name_never_hit_old_entries(mode: SharingMode
     after = Recorder(tiny_engine(mode, _reloaded(old, 0)))
     cache = before.engine.cache
     after.engine._scheduler.cache = cache
-    after.engine._runner._pools = before.engine._runner._pools
+    after.engine._runner._attention = before.engine._runner._attention
     cache.set_live_writers([role.reader.writer for role in after.engine.roles.values()])
     usage = after.ask("plan", ids).usage
     assert usage is not None
