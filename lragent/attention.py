@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from lragent.errors import LRAgentError, UserError
+from lragent.errors import LRAgentError
 from lragent.kernels.attention import lora_attention
 from lragent.kernels.low_rank import role_up
 from lragent.kernels.packed import PackedLayout, packed_attention
@@ -39,8 +39,13 @@ class AttentionPass(Protocol):
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """query: [Hq, T, D] rotated; key: [Hkv, T, D] rotated; value: [Hkv, T, D]. Returns [T, Hq, D]."""
+        """query: [Hq, T, D] rotated; key: [Hkv, T, D] rotated; value: [Hkv, T, D]. Returns [T, Hq, D].
+
+        window: a query sees itself and the `window - 1` tokens before it. softcap: scores become
+        `softcap * tanh(score / softcap)`.
+        """
         ...
 
 
@@ -83,9 +88,7 @@ def _attention_function(
     """transformers' calling convention: tensors are [1, H, T, D], the result is [1, T, Hq, D]."""
     if attention_pass is None:
         raise LRAgentError("The model was called without `attention_pass=`.")
-    if softcap is not None:
-        raise UserError(f"{type(module).__name__}: models with a soft cap on attention logits are not supported yet.")
-    out = attention_pass.attend(module, query[0], key[0], value[0], scaling, sliding_window)
+    out = attention_pass.attend(module, query[0], key[0], value[0], scaling, sliding_window, softcap)
     return out.unsqueeze(0), None
 
 
@@ -109,12 +112,13 @@ class PackedPass:
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """See AttentionPass."""
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v, up_v = (v_proj.take_low()[0], v_proj.reader_up()) if v_proj else (None, None)
         if k_proj is None:
-            return self._packed(query, key, value, low_v, up_v, scale, window)
+            return self._packed(query, key, value, low_v, up_v, scale, window, softcap)
         assert self.rope is not None, "a split k_proj needs the rotary embedding"
         low_k, up_k, (cos, sin) = k_proj.take_low()[0], k_proj.reader_up(), self.rope
         parts = []
@@ -124,7 +128,7 @@ class PackedPass:
                 attend_by_reader(
                     query[:, part], key[:, part], low_k[part], up_k, (cos[part], sin[part]),
                     value[:, part], None if low_v is None else low_v[part], up_v, self.route.roles[part],
-                    scale=scale, window=window,
+                    scale=scale, window=window, softcap=softcap,
                 )
             )  # fmt: skip
         return torch.cat(parts)
@@ -138,15 +142,28 @@ class PackedPass:
         up: torch.Tensor | None,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Every trajectory alone: by the Triton kernel on a GPU, by dense products elsewhere."""
         roles = self.route.roles
+        options: dict[str, Any] = {"scale": scale, "window": window}
         if query.is_cuda:
             from lragent.kernels.varlen import varlen_lora_attention  # needs Triton, which a CPU's torch may lack
 
             varlen = self._varlen_layout
-            return varlen_lora_attention(query, key, value, low, up, roles, varlen, scale=scale, window=window)
-        return packed_attention(query, key, value, low, up, roles, self._packed_layout, scale=scale, window=window)
+            return varlen_lora_attention(query, key, value, low, up, roles, varlen, softcap=softcap, **options)
+        if softcap is None:
+            return packed_attention(query, key, value, low, up, roles, self._packed_layout, **options)
+        parts = []
+        for start, end in self.spans:  # `packed_attention` knows no cap
+            part = slice(start, end)
+            own = None if low is None else low[part]
+            parts.append(
+                lora_attention(
+                    query[:, part], key[:, part], value[:, part], own, up, roles[part], softcap=softcap, **options
+                )
+            )
+        return torch.cat(parts)
 
     @cached_property
     def _packed_layout(self) -> PackedLayout:
@@ -170,6 +187,7 @@ def attend_by_reader(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention whose keys depend on the reader: `K = K_base + RoPE(LR_k B_k)`, one pass per role over its queries.
 
@@ -187,7 +205,7 @@ def attend_by_reader(
         pieces.append(
             lora_attention(
                 query[:, chosen], key_base + delta, value, low_v, up_v, readers[chosen],
-                scale=scale, positions=positions[chosen], window=window,
+                scale=scale, positions=positions[chosen], window=window, softcap=softcap,
             )
         )  # fmt: skip
         order.append(chosen)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 
@@ -19,6 +20,10 @@ from lragent.serve.engine.service import joined
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
 
 ROLES = ("plan", "action", "reflect")
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "torch": {"by_kernels": True}, "cuda": {"device": "cuda"}}
+"""How an engine attends, as options of `tiny_engine`."""
+KERNEL_WAYS = ("torch", pytest.param("cuda", marks=pytest.mark.gpu))
+each_way = pytest.mark.parametrize("way", ["plain", *KERNEL_WAYS])
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 

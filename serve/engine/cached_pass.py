@@ -70,6 +70,7 @@ class CachedPass:
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """See AttentionPass. Writes what is new, then reads the whole context of each piece."""
         index = int(layer.layer_idx)  # type: ignore[arg-type]  # transformers' attention layers all have it
@@ -95,6 +96,7 @@ class CachedPass:
                         piece.readers,
                         scale=scale,
                         window=window,
+                        softcap=softcap,
                     )
                 )
                 continue
@@ -112,6 +114,7 @@ class CachedPass:
                     self.route.roles[piece.batch],
                     scale=scale,
                     window=window,
+                    softcap=softcap,
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -43,8 +43,8 @@ class KernelPass:
     rope: Rope | None
     way: Way | None
     write: Callable[..., None]
-    _divided: dict[tuple[int | None, int, int], tuple[Way, Plan | None]] = field(default_factory=dict)
-    """How the work is done and divided, by what may differ from layer to layer: the window and the ranks."""
+    _divided: dict[tuple[int | None, float | None, int, int], tuple[Way, Plan | None]] = field(default_factory=dict)
+    """How the work is done and divided, by what may differ from layer to layer: window, soft cap and ranks."""
 
     def attend(
         self,
@@ -54,6 +54,7 @@ class KernelPass:
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """See AttentionPass. Writes what is new, then reads the whole context of each piece."""
         index = int(layer.layer_idx)  # type: ignore[arg-type]  # transformers' attention layers all have it
@@ -76,14 +77,18 @@ class KernelPass:
             k_proj.reader_up() if k_proj else None,
             self.rope if k_proj else None,
         )
-        way, plan = self._division(query, cache, window)
-        return cached_attention(query, cache, self.batch, readers, scale=scale, window=window, plan=plan, way=way)
+        way, plan = self._division(query, cache, window, softcap)
+        return cached_attention(
+            query, cache, self.batch, readers, scale=scale, window=window, softcap=softcap, plan=plan, way=way
+        )
 
-    def _division(self, query: torch.Tensor, cache: LayerCache, window: int | None) -> tuple[Way, Plan | None]:
+    def _division(
+        self, query: torch.Tensor, cache: LayerCache, window: int | None, softcap: float | None
+    ) -> tuple[Way, Plan | None]:
         rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
-        alike = (window, rank_v, rank_k)
+        alike = (window, softcap, rank_v, rank_k)
         if alike not in self._divided:
-            way = self.way or choose_way(query, cache, self.batch, window, None)
+            way = self.way or choose_way(query, cache, self.batch, window, softcap)
             self._divided[alike] = way, make_plan(query, cache, self.batch, window=window, way=way)
         return self._divided[alike]
 

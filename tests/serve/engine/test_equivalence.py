@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import ROLES, Recorder, drive, tiny_engine
+from engines import ROLES, WAYS, Recorder, drive, each_way, tiny_engine
 from reference import reference_logits
-from tiny import make_adapter_set, tiny_model
+from tiny import FAMILIES, make_adapter_set, tiny_model
 
 from lragent.modes import SharingMode
 
@@ -67,3 +67,43 @@ def test_one_role_makes_all_modes_agree() -> None:
     for ids, logits in answers[1:]:
         assert ids == answers[0][0]
         torch.testing.assert_close(logits, answers[0][1], **TOLERANCE)
+
+
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("targets", [TARGETS["q_v"]], ids=["q_v"])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+@each_way
+@pytest.mark.parametrize("mode", list(SharingMode))
+def test_models_of_every_family_equal_the_reference(
+    mode: SharingMode, way: str, family: str, targets: tuple[str, ...]
+) -> None:
+    model = tiny_model(family=family)
+    adapters = make_adapter_set(model, ROLES, targets=targets)
+    options = {"steps": 4, "model_options": {"family": family}, **WAYS[way]}
+    for _, _, role, ids, writers, got in drive(mode, adapters, **options):
+        if mode is SharingMode.NON_SHARED:
+            writers = [role] * len(ids)
+        expected = reference_logits(model, adapters, ids, writers, mode)
+        torch.testing.assert_close(got.cpu(), expected[-len(got) :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@each_way
+@pytest.mark.parametrize("mode", list(SharingMode))
+def test_one_role_alone_equals_transformers_with_its_weights_merged(mode: SharingMode, way: str, family: str) -> None:
+    """Windows that differ by layer and a soft cap on scores included (Gemma)."""
+    model = tiny_model(family=family, attn_implementation="eager")
+    adapters = make_adapter_set(model, ("solo",))
+    recorder = Recorder(tiny_engine(mode, adapters, model_options={"family": family}, token_budget=8, **WAYS[way]))
+    ids = list(range(10, 40))
+    with torch.no_grad():
+        for path in adapters.module_paths:
+            delta = adapters.scaled_b(path)[0] @ adapters.shared_a[path]
+            model.get_submodule(path).weight.add_(delta)
+        for _ in range(2):
+            answer = recorder.ask("solo", ids, 6)
+            ids += answer.token_ids
+            expected = model(input_ids=torch.tensor([ids[:-1]])).logits[0, -6:]
+            torch.testing.assert_close(recorder.last_logits().cpu(), expected, **TOLERANCE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import ROLES, Forced, Recorder, drive, tiny_engine
+from engines import KERNEL_WAYS, ROLES, WAYS, Forced, Recorder, drive, tiny_engine
 from reference import reference_logits
 from tiny import make_adapter_set, tiny_model
 from tolerances import MODEL_TOLERANCES, assert_close
@@ -23,11 +23,7 @@ TARGETS = {
     "q_only": ("q_proj",),
     "v_and_mlp": ("v_proj", "up_proj", "down_proj"),
 }
-WAYS = {
-    "torch": {"by_kernels": True},
-    "cuda": {"device": "cuda"},
-}
-each_way = pytest.mark.parametrize("way", [pytest.param("torch"), pytest.param("cuda", marks=pytest.mark.gpu)])
+each_way = pytest.mark.parametrize("way", KERNEL_WAYS)
 each_mode = pytest.mark.parametrize("mode", list(SharingMode))
 
 
