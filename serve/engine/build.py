@@ -13,6 +13,7 @@ from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import BASE, Renderer
 from lragent.errors import UserError
+from lragent.key_norm import unsupported_key_norm
 from lragent.models import check_fits, fingerprint, load_model, load_tokenizer, resolve_model
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.pack import read_pack
@@ -106,10 +107,12 @@ def build_engine(
         check_fits(model, adapters)
         if sharing.decomposed:
             split = frozenset(adapters.targets) & {"k_proj", "v_proj"}
-        if "k_proj" in split and any(path.endswith("k_norm") for path, _ in model.named_modules()):
+        unsupported = unsupported_key_norm(model) if "k_proj" in split else None
+        if unsupported is not None:
             raise UserError(
-                f"--sharing {sharing}: this model normalises its keys after projection, so an adapter on k_proj cannot "
-                "be cached apart; serve with --sharing non_shared or full_shared, or train without k_proj."
+                f"--sharing {sharing}: {unsupported} is no norm of keys that can be applied for each reader, so an "
+                "adapter on k_proj cannot be cached apart; serve with --sharing non_shared or full_shared, or train "
+                "without k_proj."
             )
         install_roles(model, adapters, router)
         _warn_of_other_use(adapters, sharing, prefix_writer)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lragent.attention import SplitProjection, attend_by_reader, split_projection
+from lragent.attention import SplitProjection, attend_by_reader, split_keys, split_projection
 from lragent.kernels.attention import lora_attention
 from lragent.rope import Rope
 from lragent.routing import Route
@@ -77,6 +77,7 @@ class CachedPass:
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v = self._store_low(v_proj, self.pools.low_v, index)
         low_k = self._store_low(k_proj, self.pools.low_k, index)
+        key, norm = (key, None) if k_proj is None else split_keys(layer, k_proj, key)
         keys, values = self.pools.key[index], self.pools.value[index]
         if not self.base_writes.empty:
             keys[:, self.base_writes.slots] = key[:, self.base_writes.rows]
@@ -112,6 +113,7 @@ class CachedPass:
                     low,
                     up_v,
                     self.route.roles[piece.batch],
+                    norm=norm,
                     scale=scale,
                     window=window,
                     softcap=softcap,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from lragent.attention import split_projection
+from lragent.attention import split_keys, split_projection
 from lragent.kernels.cached import CachedBatch, LayerCache, Readers, Span
 from lragent.kernels.ops import Way, cached_attention, choose_way, make_plan
+from lragent.key_norm import norm_eps
 from lragent.rope import Rope
 from lragent.routing import Route
 from lragent.serve.cache.pools import CachePools
@@ -31,7 +32,7 @@ class KernelPass:
     """The attention of one step (see lragent.attention.AttentionPass).
 
     positions: [T] int32. base_slots, low_slots: [T] int32, where each new token's base and LR cache are written, -1
-    where they are not. rope: cos and sin of every position, float32. way, write: see KernelAttention.
+    where they are not. rope: cos and sin of every position, float32. way, write, norms: see KernelAttention.
     """
 
     pools: CachePools
@@ -43,6 +44,7 @@ class KernelPass:
     rope: Rope | None
     way: Way | None
     write: Callable[..., None]
+    norms: dict[int, tuple[torch.Tensor, float]]
     _divided: dict[tuple[int | None, float | None, int, int], tuple[Way, Plan | None]] = field(default_factory=dict)
     """How the work is done and divided, by what may differ from layer to layer: window, soft cap and ranks."""
 
@@ -67,6 +69,7 @@ class KernelPass:
             None if low_v is None or pools.low_v is None else pools.low_v[index],
             None if low_k is None or pools.low_k is None else pools.low_k[index],
         )
+        key, norm = (key, None) if k_proj is None else split_keys(layer, k_proj, key)
         query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # [T, H, D]
         self.write(
             query, key, value, low_v, low_k, None, self.positions, self.base_slots, self.low_slots,
@@ -77,10 +80,21 @@ class KernelPass:
             k_proj.reader_up() if k_proj else None,
             self.rope if k_proj else None,
         )
+        if norm is not None:
+            weight, eps = self._norm(index, norm)
+            readers = replace(readers, key_norm=weight, key_eps=eps)
         way, plan = self._division(query, cache, window, softcap)
         return cached_attention(
             query, cache, self.batch, readers, scale=scale, window=window, softcap=softcap, plan=plan, way=way
         )
+
+    def _norm(self, index: int, norm: nn.Module) -> tuple[torch.Tensor, float]:
+        if index not in self.norms:
+            weight, eps = norm.weight, norm_eps(norm)
+            assert isinstance(weight, torch.Tensor), "build_engine refuses other norms"
+            assert eps is not None, "build_engine refuses other norms"
+            self.norms[index] = weight.float(), eps
+        return self.norms[index]
 
     def _division(
         self, query: torch.Tensor, cache: LayerCache, window: int | None, softcap: float | None
@@ -97,13 +111,15 @@ class KernelPass:
 class KernelAttention:
     """Makes the passes of one model. rope: cos and sin of every position, float32, where `k_proj` is split.
 
-    way: overrules the choice of the way. write: does what `rotary_write` does, and does by default.
+    way: overrules the choice of the way. write: does what `rotary_write` does, and does by default. norms: by layer,
+    the weight [D] float32 and the eps of the norm of keys, made when first asked for.
     """
 
     pools: CachePools
     rope: Rope | None = None
     way: Way | None = None
     write: Callable[..., None] | None = None
+    norms: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
     def __call__(self, step: Step, route: Route) -> KernelPass:
         """The pass of `step`, whose tokens have the roles of `route`."""
@@ -128,6 +144,7 @@ class KernelAttention:
             self.rope,
             self.way,
             write,
+            self.norms,
         )
 
 

@@ -47,10 +47,13 @@ def test_logits_equal_the_reference(mode: SharingMode, targets: tuple[str, ...],
         torch.testing.assert_close(got.cpu(), expected[-len(got) :], **MODEL_TOLERANCES[torch.float32])
 
 
-def side_by_side(mode: SharingMode, said: list[list[int]] | None = None, **options: Any) -> Recorder:
+def side_by_side(
+    mode: SharingMode, said: list[list[int]] | None = None, family: str = "llama", **options: Any
+) -> Recorder:
     """Seven requests at once that share prefixes, with too few slots for all. said: answers to be given, by request."""
-    adapters = make_adapter_set(tiny_model(), ROLES, targets=TARGETS["q_k_v"])
-    recorder = Recorder(tiny_engine(mode, adapters, cache_tokens=110, max_model_len=90, token_budget=16, **options))
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=TARGETS["q_k_v"])
+    options |= {"cache_tokens": 110, "max_model_len": 90, "token_budget": 16, "model_options": {"family": family}}
+    recorder = Recorder(tiny_engine(mode, adapters, **options))
     random = torch.Generator().manual_seed(7)
     shared, *own = (torch.randint(3, 280, (n,), generator=random).tolist() for n in (17, 3, 9, 1, 14, 6, 2, 11))
     for i, ids in enumerate(own):
@@ -77,11 +80,12 @@ def test_side_by_side_with_preemption_equals_plain_torch(mode: SharingMode, way:
 
 
 @each_way
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @each_mode
-def test_bfloat16_is_as_near_to_float32_as_plain_torch(mode: SharingMode, way: str) -> None:
-    exact = side_by_side(mode)
+def test_bfloat16_is_as_near_to_float32_as_plain_torch(mode: SharingMode, family: str, way: str) -> None:
+    exact = side_by_side(mode, family=family)
     said = [list(exact.answer(name).token_ids) for name in exact.chunks]
-    plain, got = (side_by_side(mode, said, dtype=torch.bfloat16, **options) for options in ({}, WAYS[way]))
+    plain, got = (side_by_side(mode, said, family, dtype=torch.bfloat16, **options) for options in ({}, WAYS[way]))
     assert_kernels(got)
     wanted, theirs, mine = (torch.cat([torch.stack(r.logits[n]) for n in r.chunks]).cpu() for r in (exact, plain, got))
     off, plain_off = (float((logits - wanted).norm() / wanted.norm()) for logits in (mine.float(), theirs.float()))

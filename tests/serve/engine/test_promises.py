@@ -121,18 +121,20 @@ MESSAGES = [
 
 @pytest.mark.parametrize("prefix_writer", list(PrefixWriter))
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "up_proj")], ids="-".join)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_training_saw_is_what_serving_gives(
-    prefix_writer: PrefixWriter, targets: tuple[str, ...], tmp_path: Path
+    prefix_writer: PrefixWriter, targets: tuple[str, ...], family: str, tmp_path: Path
 ) -> None:
     """The one pass over a trajectory, as training runs it, against the engine replaying it turn by turn over chat."""
-    adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
     renderer = Renderer(tiny_tokenizer())
     (example,) = load_examples(data, renderer, ROLES, objective="shared", prefix_writer=prefix_writer)
-    trained = _one_pass(adapters, example.token_ids, example.roles)
+    trained = _one_pass(tiny_model(family=family), adapters, example.token_ids, example.roles)
 
-    recorder = Recorder(tiny_engine("base_lr_shared", adapters, prefix_writer=prefix_writer))
+    options: dict[str, Any] = {"prefix_writer": prefix_writer, "model_options": {"family": family}}
+    recorder = Recorder(tiny_engine("base_lr_shared", adapters, **options))
     prompts = ChatPrompts(renderer, recorder.engine.turns, recorder.engine.sharing, prefix_writer)
     compared = 0
     for at, message in enumerate(MESSAGES):
@@ -158,9 +160,8 @@ def test_what_training_saw_is_what_serving_gives(
     assert reused.tokens_computed < len(example.token_ids)  # nothing was computed twice
 
 
-def _one_pass(adapters: AdapterSet, ids: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+def _one_pass(model: Any, adapters: AdapterSet, ids: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
     register_attention()
-    model = tiny_model()
     model.set_attn_implementation(ATTENTION)
     spec = adapters.roles[0]
     built = build_role_model(model, ROLES, rank=spec.rank, alpha=spec.alpha, targets=adapters.targets)
