@@ -12,6 +12,7 @@ from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
+from lragent.kernels.ops import Way
 from lragent.modes import SharingMode
 from lragent.serve.engine.build import build_engine
 from lragent.serve.engine.engine import Engine
@@ -20,7 +21,7 @@ from lragent.serve.engine.service import joined
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
 
 ROLES = ("plan", "action", "reflect")
-WAYS: dict[str, dict[str, Any]] = {"plain": {}, "torch": {"by_kernels": True}, "cuda": {"device": "cuda"}}
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "torch": {"by_kernels": "torch"}, "cuda": {"device": "cuda"}}
 """How an engine attends, as options of `tiny_engine`."""
 KERNEL_WAYS = ("torch", pytest.param("cuda", marks=pytest.mark.gpu))
 each_way = pytest.mark.parametrize("way", ["plain", *KERNEL_WAYS])
@@ -35,12 +36,12 @@ def tiny_engine(
     model_options: dict[str, Any] | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    by_kernels: bool = False,
+    by_kernels: Way | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a tiny model; `adapters` None makes three random roles. Unwritten cache is poisoned with NaN.
 
-    by_kernels: attend as on a GPU, with every kernel stood in for by its plain-torch form.
+    by_kernels: attend as on a GPU, this way; for `torch` every kernel is stood in for by its plain-torch form.
     """
     register_attention()
     model = tiny_model(model_seed, **(model_options or {})).to(device, dtype)
@@ -51,11 +52,12 @@ def tiny_engine(
     engine = build_engine(model, tiny_tokenizer(), adapters, sharing=SharingMode(sharing), **options)
     attention = engine._runner._attention
     pools = attention.pools
-    if by_kernels:
-        from lragent.kernels.rotary_write import rotary_write_torch
+    if by_kernels is not None:
+        from lragent.kernels.rotary_write import rotary_write, rotary_write_torch
 
+        write = rotary_write_torch if by_kernels == "torch" else rotary_write
         rope = attention.rope and (attention.rope[0].float(), attention.rope[1].float())
-        engine._runner._attention = KernelAttention(pools, rope, "torch", rotary_write_torch)
+        engine._runner._attention = KernelAttention(pools, rope, by_kernels, write)
     for pool in (pools.key, pools.value, pools.low_v, pools.low_k):
         if pool is not None:
             pool.fill_(float("nan"))

@@ -40,12 +40,13 @@ def role_model(adapters: AdapterSet, **config: object) -> RoleModel:
 
 def one_pass(built: RoleModel, ids: list[int], roles: list[int], split: frozenset[str]) -> torch.Tensor:
     """Logits [T, vocab] of one flat trajectory."""
-    positions = torch.arange(len(ids))
-    route = Route.of(roles, split=split)
+    device = built.model.device
+    positions = torch.arange(len(ids), device=device)
+    route = Route.of(roles, device, split)
     rope = rope_at(built.model.get_base_model(), positions, torch.float32)
     with built.router.use(route):
         out = built.model(
-            input_ids=torch.tensor([ids]),
+            input_ids=torch.tensor([ids], device=device),
             position_ids=positions[None],
             attention_pass=PackedPass(((0, len(ids)),), route, rope),
             use_cache=False,
@@ -98,17 +99,20 @@ def test_one_role_everywhere_is_pefts_forward(family: str, targets: tuple[str, .
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj"), EVERY_TARGET], ids=len)
 @each_family
-def test_mixed_roles_equal_the_reference(family: str, targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mixed_roles_equal_the_reference(device: str, family: str, targets: tuple[str, ...]) -> None:
     adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
     ids = some_ids(24)
     roles = [0] * 4 + [1] * 6 + [2] * 5 + [1] * 3 + [3] * 6
     built = role_model(adapters, family=family)
+    built.model.to(device)
     with torch.no_grad():
         shared = one_pass(built, ids, roles, built.split())
         full = one_pass(built, ids, roles, frozenset())
     model = tiny_model(family=family)
     for got, mode in ((shared, "base_lr_shared"), (full, "full_shared")):
-        torch.testing.assert_close(got, reference_logits(model, adapters, ids, roles, mode), atol=5e-5, rtol=1e-4)
+        want = reference_logits(model, adapters, ids, roles, mode)
+        torch.testing.assert_close(got.cpu(), want, atol=5e-5, rtol=1e-4)
     assert (shared - full).abs().max() > 1e-3, "the reader's B must matter"
 
 

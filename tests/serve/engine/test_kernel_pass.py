@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -44,6 +45,46 @@ def test_logits_equal_the_reference(mode: SharingMode, targets: tuple[str, ...],
         if mode is SharingMode.NON_SHARED:
             writers = [role] * len(ids)
         expected = reference_logits(model, adapters, ids, writers, mode)
+        torch.testing.assert_close(got.cpu(), expected[-len(got) :], **MODEL_TOLERANCES[torch.float32])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the tests above run the kernels")
+@pytest.mark.parametrize("by_kernels", ["split", "prefill"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("mode", ["base_shared", "base_lr_shared"])
+def test_the_kernels_in_tritons_interpreter_equal_plain_torch(mode: str, family: str, by_kernels: str) -> None:
+    targets = TARGETS["q_v" if family == "gemma2" else "q_k_v"]
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
+    options: dict[str, Any] = {"model_options": {"family": family}, "token_budget": 9}
+    shared = list(range(20, 33))
+    writers = ["base"] * 5 + ["plan"] * 3 + ["action"] * 5
+    logits = []
+    for way in (None, by_kernels):
+        recorder = Recorder(tiny_engine(mode, adapters, by_kernels=way, **options))
+        recorder.submit("plan", [*shared, 5, 6], 3, position_roles=[*writers, "plan", "plan"])
+        recorder.submit("action", [*shared, 9], 3, position_roles=[*writers, "action"])
+        recorder.finish()
+        recorder.ask("reflect", [*shared, 5, 6, 7], 2, position_roles=[*writers, "plan", "plan", "reflect"])
+        logits.append(torch.cat([torch.stack(rows) for rows in recorder.logits.values()]))
+    torch.testing.assert_close(logits[1], logits[0], **MODEL_TOLERANCES[torch.float32])
+
+
+@each_way
+@pytest.mark.parametrize("mode", ["base_shared", "base_lr_shared"])
+def test_layers_without_adapters_and_of_other_ranks(mode: str, way: str) -> None:
+    """What is divided for one layer must not be used for another whose tiles differ."""
+    model = tiny_model(num_hidden_layers=3)
+    whole = make_adapter_set(model, ROLES, targets=TARGETS["q_k_v"])
+    left_out = ("layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj", "layers.2.self_attn.k_proj")
+    kept = [path for path in whole.module_paths if not path.endswith(left_out)]
+    adapters = dataclasses.replace(
+        whole,
+        shared_a={path: whole.shared_a[path] for path in kept},
+        role_b={path: whole.role_b[path] for path in kept},
+    )
+    options = {"steps": 3, "model_options": {"num_hidden_layers": 3}, **WAYS[way]}
+    for _, _, _, ids, writers, got in drive(SharingMode(mode), adapters, **options):
+        expected = reference_logits(model, adapters, ids, writers, mode)  # type: ignore[arg-type]
         torch.testing.assert_close(got.cpu(), expected[-len(got) :], **MODEL_TOLERANCES[torch.float32])
 
 
@@ -104,7 +145,7 @@ def test_what_a_step_hands_to_the_kernels(apart: bool, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(KernelPass, "attend", watched)
     mode = SharingMode.BASE_SHARED if apart else SharingMode.BASE_LR_SHARED
-    for recorder, *_ in drive(mode, make_adapter_set(tiny_model(), ROLES), by_kernels=True):
+    for recorder, *_ in drive(mode, make_adapter_set(tiny_model(), ROLES), by_kernels="torch"):
         size = recorder.engine.cache.base_pool.size
     unwritten = 0
     for made in seen:
