@@ -7,7 +7,8 @@ Shapes: query [Hq, Tq, D]; key, value [Hkv, Tk, D]; low [Tk, r], the LR cache; u
 transposed, scaling folded in; roles [Tq], the reader of each query, 0 = base
 (an int where all queries have the same). Queries sit at the end of the context
 unless `positions` [Tq] says where; keys sit at 0..Tk-1. `window` is the sliding window of Mistral: a query sees itself
-and the `window - 1` tokens before it. Results are [Tq, Hq, D].
+and the `window - 1` tokens before it. With `softcap`, scores become `softcap * tanh(score / softcap)`, and are always
+written out. Results are [Tq, Hq, D].
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def lora_attention_reference(
     scale: float,
     positions: torch.Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The definition, in float32: materialise each reader's values, then plain attention. See the module for shapes."""
     heads, tokens, dim = query.shape
@@ -57,6 +59,8 @@ def lora_attention_reference(
         for h in range(heads):
             kv = h // (heads // kv_heads)
             scores = (key[kv].float() @ query[h, t].float()) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             out[t, h] = torch.softmax(scores.masked_fill(~mask[t], float("-inf")), dim=0) @ full[kv]
     return out
 
@@ -72,6 +76,7 @@ def lora_attention(
     scale: float,
     positions: torch.Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention over `[V_base | LR]`, with the reader's `B` applied once per query. Differentiable; any device.
 
@@ -85,11 +90,13 @@ def lora_attention(
     mask = None
     if tokens > 1 or positions is not None or (window is not None and keys > window):
         mask = visible(tokens, keys, query.device, positions, window)
-    if heads * tokens * keys > EXPLICIT_SCORES_LIMIT:
+    if softcap is None and heads * tokens * keys > EXPLICIT_SCORES_LIMIT:  # torch's own attention knows no cap
         return _widened(query, key, value, low, up, roles, scale, mask)
 
     folded = query.reshape(kv_heads, group * tokens, dim)  # a query's heads of one group share a key head
     scores = torch.bmm(folded, key.transpose(1, 2)) * scale  # [Hkv, G * Tq, Tk]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.view(kv_heads, group, tokens, keys).masked_fill(~mask, float("-inf"))
     exact = torch.promote_types(scores.dtype, torch.float32)

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from lragent.errors import LRAgentError, UserError
+from lragent.errors import LRAgentError
 from lragent.kernels.attention import lora_attention
 from lragent.kernels.low_rank import role_up
 from lragent.kernels.packed import PackedLayout, packed_attention
 from lragent.kernels.varlen_layout import VarlenLayout
+from lragent.key_norm import key_norm
 from lragent.rope import Rope, rotate
 from lragent.routing import Route
 
@@ -39,8 +40,13 @@ class AttentionPass(Protocol):
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """query: [Hq, T, D] rotated; key: [Hkv, T, D] rotated; value: [Hkv, T, D]. Returns [T, Hq, D]."""
+        """query: [Hq, T, D] rotated; key: [Hkv, T, D] rotated; value: [Hkv, T, D]. Returns [T, Hq, D].
+
+        window: a query sees itself and the `window - 1` tokens before it. softcap: scores become
+        `softcap * tanh(score / softcap)`.
+        """
         ...
 
 
@@ -49,6 +55,10 @@ class SplitProjection(Protocol):
 
     def take_low(self) -> torch.Tensor:
         """The low-rank activation [1, T, r] of the forward pass now running; it can be taken once."""
+        ...
+
+    def take_base(self) -> torch.Tensor:
+        """The base output [1, T, d_out] of a `k_proj` whose keys are normalised afterwards; it can be taken once."""
         ...
 
     def reader_up(self) -> torch.Tensor:
@@ -60,6 +70,18 @@ def split_projection(layer: nn.Module, kind: str, route: Route) -> SplitProjecti
     """The projection `kind` of an attention layer, where the route splits it; None too where it has no adapter."""
     projection = getattr(layer, kind, None)
     return cast(SplitProjection, projection) if kind in route.split and hasattr(projection, "take_low") else None
+
+
+def split_keys(layer: nn.Module, k_proj: SplitProjection, key: torch.Tensor) -> tuple[torch.Tensor, nn.Module | None]:
+    """What of a split `k_proj`'s keys is the same for all readers, and the norm that each applies before rotating.
+
+    key: [Hkv, T, D], the base keys as the model made them. Where it normalises keys, they are given raw.
+    """
+    norm = key_norm(layer)
+    if norm is None:
+        return key, None
+    kv_heads, tokens, dim = key.shape
+    return k_proj.take_base()[0].view(tokens, kv_heads, dim).transpose(0, 1), norm
 
 
 def register_attention() -> None:
@@ -83,9 +105,7 @@ def _attention_function(
     """transformers' calling convention: tensors are [1, H, T, D], the result is [1, T, Hq, D]."""
     if attention_pass is None:
         raise LRAgentError("The model was called without `attention_pass=`.")
-    if softcap is not None:
-        raise UserError(f"{type(module).__name__}: models with a soft cap on attention logits are not supported yet.")
-    out = attention_pass.attend(module, query[0], key[0], value[0], scaling, sliding_window)
+    out = attention_pass.attend(module, query[0], key[0], value[0], scaling, sliding_window, softcap)
     return out.unsqueeze(0), None
 
 
@@ -109,14 +129,16 @@ class PackedPass:
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """See AttentionPass."""
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v, up_v = (v_proj.take_low()[0], v_proj.reader_up()) if v_proj else (None, None)
         if k_proj is None:
-            return self._packed(query, key, value, low_v, up_v, scale, window)
+            return self._packed(query, key, value, low_v, up_v, scale, window, softcap)
         assert self.rope is not None, "a split k_proj needs the rotary embedding"
         low_k, up_k, (cos, sin) = k_proj.take_low()[0], k_proj.reader_up(), self.rope
+        key, norm = split_keys(layer, k_proj, key)
         parts = []
         for start, end in self.spans:
             part = slice(start, end)
@@ -124,7 +146,7 @@ class PackedPass:
                 attend_by_reader(
                     query[:, part], key[:, part], low_k[part], up_k, (cos[part], sin[part]),
                     value[:, part], None if low_v is None else low_v[part], up_v, self.route.roles[part],
-                    scale=scale, window=window,
+                    norm=norm, scale=scale, window=window, softcap=softcap,
                 )
             )  # fmt: skip
         return torch.cat(parts)
@@ -138,15 +160,28 @@ class PackedPass:
         up: torch.Tensor | None,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Every trajectory alone: by the Triton kernel on a GPU, by dense products elsewhere."""
         roles = self.route.roles
+        options: dict[str, Any] = {"scale": scale, "window": window}
         if query.is_cuda:
             from lragent.kernels.varlen import varlen_lora_attention  # needs Triton, which a CPU's torch may lack
 
             varlen = self._varlen_layout
-            return varlen_lora_attention(query, key, value, low, up, roles, varlen, scale=scale, window=window)
-        return packed_attention(query, key, value, low, up, roles, self._packed_layout, scale=scale, window=window)
+            return varlen_lora_attention(query, key, value, low, up, roles, varlen, softcap=softcap, **options)
+        if softcap is None:
+            return packed_attention(query, key, value, low, up, roles, self._packed_layout, **options)
+        parts = []
+        for start, end in self.spans:  # `packed_attention` knows no cap
+            part = slice(start, end)
+            own = None if low is None else low[part]
+            parts.append(
+                lora_attention(
+                    query[:, part], key[:, part], value[:, part], own, up, roles[part], softcap=softcap, **options
+                )
+            )
+        return torch.cat(parts)
 
     @cached_property
     def _packed_layout(self) -> PackedLayout:
@@ -168,13 +203,16 @@ def attend_by_reader(
     up_v: torch.Tensor | None,
     readers: torch.Tensor,
     *,
+    norm: nn.Module | None = None,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention whose keys depend on the reader: `K = K_base + RoPE(LR_k B_k)`, one pass per role over its queries.
 
-    query: [Hq, Tq, D] at the end of the context; key_base: [Hkv, Tk, D] rotated; low_k: [Tk, r];
-    up_k: [n_roles, r, Hkv * D]; rope: cos and sin, [Tk, D] each; the rest as in `lora_attention`. Returns [Tq, Hq, D].
+    With `norm`, `K = RoPE(norm(K_base + LR_k B_k))`. query: [Hq, Tq, D] at the end of the context; key_base: [Hkv, Tk,
+    D], rotated without `norm`, else raw; low_k: [Tk, r]; up_k: [n_roles, r, Hkv * D]; rope: cos and sin, [Tk, D] each;
+    norm: the model's own, over D; the rest as in `lora_attention`. Returns [Tq, Hq, D].
     """
     _, tokens, dim = query.shape
     kv_heads, keys, _ = key_base.shape
@@ -183,11 +221,15 @@ def attend_by_reader(
     for role in torch.unique(readers).tolist():
         chosen = (readers == role).nonzero().squeeze(-1)
         delta = role_up(low_k.to(up_k.dtype), up_k, torch.full((keys,), role, device=query.device))  # [Tk, Hkv * D]
-        delta = rotate(delta.view(keys, kv_heads, dim).transpose(0, 1), rope).to(key_base.dtype)
+        delta = delta.view(keys, kv_heads, dim).transpose(0, 1)
+        if norm is None:
+            key = key_base + rotate(delta, rope).to(key_base.dtype)
+        else:
+            key = rotate(norm(key_base + delta.to(key_base.dtype)), rope)
         pieces.append(
             lora_attention(
-                query[:, chosen], key_base + delta, value, low_v, up_v, readers[chosen],
-                scale=scale, positions=positions[chosen], window=window,
+                query[:, chosen], key, value, low_v, up_v, readers[chosen],
+                scale=scale, positions=positions[chosen], window=window, softcap=softcap,
             )
         )  # fmt: skip
         order.append(chosen)

@@ -8,10 +8,11 @@ from torch import nn
 
 from lragent.adapter_set import AdapterSet
 from lragent.kernels.low_rank import role_up
-from lragent.routing import Router
+from lragent.key_norm import key_norm
+from lragent.routing import LeftForAttention, Router
 
 
-class RoleLinear(nn.Module):
+class RoleLinear(LeftForAttention, nn.Module):
     """`W x + B_role A x`, the role chosen per token by the router's route.
 
     down: [r, d_in], the shared A. up: [n_roles, r, d_out], each role's `B` transposed, its scaling folded in.
@@ -27,27 +28,26 @@ class RoleLinear(nn.Module):
         self.register_buffer("up", up, persistent=False)
         self.down: torch.Tensor
         self.up: torch.Tensor
-        self._low: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., T, d_in]. Returns [..., T, d_out]."""
         out: torch.Tensor = self.base_layer(hidden)
         route = self.router.route
         if self.kind in route.split:
-            self._low = F.linear(hidden, self.down)
+            self.leave(F.linear(hidden, self.down), out)
             return out
         if route.uniform == 0:
             return out
         low = F.linear(hidden, self.down)
         if route.uniform is not None:
             return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.up[route.uniform - 1]).view_as(out)
-        return out + role_up(low, self.up, route.roles)
+        if out.is_cuda and not torch.is_grad_enabled():
+            from lragent.kernels.grouped_up import grouped_up_  # needs Triton, which a CPU's torch may lack
 
-    def take_low(self) -> torch.Tensor:
-        """The low-rank activation [..., T, r] of the forward pass now running; it can be taken once."""
-        low, self._low = self._low, None
-        assert low is not None, "take_low() before forward(), or twice"
-        return low
+            # in place, as the base layer has just made `out` for nobody else; a view, never a copy
+            flat = out.view(-1, out.shape[-1])
+            return grouped_up_(flat, low.flatten(0, -2), self.up, route.short_roles, route.order).view_as(out)
+        return out + role_up(low, self.up, route.roles)
 
     def reader_up(self) -> torch.Tensor:
         """[n_roles, r, d_out]: what attention applies for the reader."""
@@ -72,4 +72,6 @@ def install_roles(model: nn.Module, adapters: AdapterSet, router: Router) -> Non
         missing = ranks[kind] - shared_a.shape[0]
         down = F.pad(shared_a, (0, 0, 0, missing)).to(weight.device, dtype)
         up = F.pad(adapters.scaled_b(path).transpose(1, 2), (0, 0, 0, missing)).contiguous().to(weight.device, dtype)
-        setattr(model.get_submodule(parent), kind, RoleLinear(base, kind, down, up, router))
+        layer, projection = model.get_submodule(parent), RoleLinear(base, kind, down, up, router)
+        projection.keeps_base = kind == "k_proj" and key_norm(layer) is not None
+        setattr(layer, kind, projection)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,6 +36,18 @@ class Route:
         uniform = first if all(role == first for role in roles) else None
         return cls(torch.tensor(roles, dtype=torch.long, device=device), uniform, split)
 
+    @cached_property
+    def short_roles(self) -> torch.Tensor:
+        """[T] int32: `roles` as the kernels take them."""
+        return self.roles.to(torch.int32)
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """[T] int32: the order that puts tokens of one role side by side, for all layers. Needs Triton."""
+        from lragent.kernels.grouped_up import group_by_role
+
+        return group_by_role(self.short_roles)
+
 
 class Router:
     """Hands the current route to the projections of one model. Not for two threads at once."""
@@ -57,3 +70,30 @@ class Router:
             yield
         finally:
             self._current = before
+
+
+class LeftForAttention:
+    """What a split projection leaves for attention, which takes each part once in a forward pass.
+
+    keeps_base: whether its base output is wanted too, as where keys are normalised after projection.
+    """
+
+    keeps_base = False
+    _low: torch.Tensor | None = None
+    _base: torch.Tensor | None = None
+
+    def leave(self, low: torch.Tensor, base: torch.Tensor) -> None:
+        """low: [..., T, r]; base: [..., T, d_out]."""
+        self._low, self._base = low, base if self.keeps_base else None
+
+    def take_low(self) -> torch.Tensor:
+        """The low-rank activation [..., T, r] of the forward pass now running; it can be taken once."""
+        low, self._low = self._low, None
+        assert low is not None, "take_low() before forward(), or twice"
+        return low
+
+    def take_base(self) -> torch.Tensor:
+        """The base output [..., T, d_out] of the forward pass now running, where it `keeps_base`; likewise."""
+        base, self._base = self._base, None
+        assert base is not None, "take_base() before forward(), or twice"
+        return base

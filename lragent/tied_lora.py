@@ -22,11 +22,12 @@ from torch import nn
 from lragent.adapter_set import TARGETS, check_role_name
 from lragent.errors import LRAgentError, UserError
 from lragent.kernels.low_rank import role_up
+from lragent.key_norm import key_norm, unsupported_key_norm
 from lragent.models import check_adaptable, target_modules
-from lragent.routing import Router
+from lragent.routing import LeftForAttention, Router
 
 
-class TiedLoraLinear(LoraLinear):
+class TiedLoraLinear(LeftForAttention, LoraLinear):
     """`W x + s B_role A x`, the role chosen per token by the router's route; made by PEFT, completed by `tie`.
 
     Adapter weights may be kept in float32 over a base in another dtype: the product is computed in the dtype of the
@@ -37,13 +38,12 @@ class TiedLoraLinear(LoraLinear):
     kind: str
     router: Router
     roles: tuple[str, ...]
-    _low: torch.Tensor | None
     _dtype: torch.dtype
 
     def tie(self, kind: str, roles: Sequence[str], router: Router) -> None:
         """Put the first role's `A` under every role's name. kind: the projection's own name, such as `q_proj`."""
         self.kind, self.roles, self.router = kind, tuple(roles), router
-        self._low, self._dtype = None, self.shared_a.dtype
+        self._dtype = self.shared_a.dtype
         for role in self.roles[1:]:
             self.lora_A[role] = self.lora_A[self.roles[0]]
 
@@ -63,7 +63,7 @@ class TiedLoraLinear(LoraLinear):
         out: torch.Tensor = self.base_layer(x)
         route, self._dtype = self.router.route, x.dtype
         if self.kind in route.split:
-            self._low = self._down(x)
+            self.leave(self._down(x), out)
             return out
         if route.uniform == 0:
             return out
@@ -71,12 +71,6 @@ class TiedLoraLinear(LoraLinear):
 
     def _down(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.lora_dropout[self.roles[0]](x), self.shared_a.to(x.dtype))
-
-    def take_low(self) -> torch.Tensor:
-        """The low-rank activation [..., T, r] of the forward pass now running; it can be taken once."""
-        low, self._low = self._low, None
-        assert low is not None, "take_low() before forward(), or twice"
-        return low
 
     def reader_up(self) -> torch.Tensor:
         """[n_roles, r, d_out]: every role's `B`, transposed and scaled, in the hidden states' dtype. Differentiable."""
@@ -112,16 +106,15 @@ class RoleModel:
     def split(self) -> frozenset[str]:
         """The projections that attention applies as the reader's when a trajectory is processed once for all roles.
 
-        Raises UserError where `k_proj` is adapted and the model normalises keys after the projection.
+        Raises UserError where `k_proj` is adapted and the model normalises keys by another norm than a plain RMSNorm.
         """
         split = frozenset({"k_proj", "v_proj"} & set(self.targets))
-        if "k_proj" in split:
-            for path, module in self.model.get_base_model().named_modules():
-                if path.endswith("self_attn") and getattr(module, "k_norm", None) is not None:
-                    raise UserError(
-                        f"`targets` names k_proj, but {type(module).__name__} normalises keys after the projection; "
-                        "take k_proj out of `targets`, or train with `objective: per_role`."
-                    )
+        unsupported = unsupported_key_norm(self.model.get_base_model()) if "k_proj" in split else None
+        if unsupported is not None:
+            raise UserError(
+                f"`targets` names k_proj, but {unsupported} is no norm of keys that can be applied for each reader; "
+                "take k_proj out of `targets`, or train with `objective: per_role`."
+            )
         return split
 
     def unfreeze(self) -> None:
@@ -194,7 +187,11 @@ def build_role_model(
         if isinstance(module, LoraLinear):
             if not isinstance(module, TiedLoraLinear):
                 raise UserError(f"{path}: a {type(module).__name__} cannot be adapted with a shared A yet.")
-            module.tie(path.rpartition(".")[2], roles, router)
+            parent, _, kind = path.rpartition(".")
+            module.tie(kind, roles, router)
+            module.keeps_base = (
+                kind == "k_proj" and key_norm(peft_model.get_base_model().get_submodule(parent)) is not None
+            )
             modules[path] = module
     built = RoleModel(peft_model, router, tuple(roles), modules, rank, float(alpha), rslora)
     built.unfreeze()

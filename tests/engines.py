@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
+from lragent.kernels.ops import Way
 from lragent.modes import SharingMode
 from lragent.serve.engine.build import build_engine
 from lragent.serve.engine.engine import Engine
+from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.service import joined
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
 
+ROLES = ("plan", "action", "reflect")
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "torch": {"by_kernels": "torch"}, "cuda": {"device": "cuda"}}
+"""How an engine attends, as options of `tiny_engine`."""
+KERNEL_WAYS = ("torch", pytest.param("cuda", marks=pytest.mark.gpu))
+each_way = pytest.mark.parametrize("way", ["plain", *KERNEL_WAYS])
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -26,17 +34,30 @@ def tiny_engine(
     *,
     model_seed: int = 0,
     model_options: dict[str, Any] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    by_kernels: Way | None = None,
     **options: Any,
 ) -> Engine:
-    """An engine over a tiny model; `adapters` None makes three random roles. Unwritten cache is poisoned with NaN."""
+    """An engine over a tiny model; `adapters` None makes three random roles. Unwritten cache is poisoned with NaN.
+
+    by_kernels: attend as on a GPU, this way; for `torch` every kernel is stood in for by its plain-torch form.
+    """
     register_attention()
-    model = tiny_model(model_seed, **(model_options or {}))
+    model = tiny_model(model_seed, **(model_options or {})).to(device, dtype)
     adapters = adapters or make_adapter_set(model)
     model.set_attn_implementation(ATTENTION)
     options.setdefault("cache_tokens", 1024)
     options.setdefault("max_model_len", 512)
     engine = build_engine(model, tiny_tokenizer(), adapters, sharing=SharingMode(sharing), **options)
-    pools = engine._runner._pools
+    attention = engine._runner._attention
+    pools = attention.pools
+    if by_kernels is not None:
+        from lragent.kernels.rotary_write import rotary_write, rotary_write_torch
+
+        write = rotary_write_torch if by_kernels == "torch" else rotary_write
+        rope = attention.rope and (attention.rope[0].float(), attention.rope[1].float())
+        engine._runner._attention = KernelAttention(pools, rope, by_kernels, write)
     for pool in (pools.key, pools.value, pools.low_v, pools.low_k):
         if pool is not None:
             pool.fill_(float("nan"))
@@ -104,3 +125,36 @@ class Recorder:
     def last_logits(self) -> torch.Tensor:
         """[n, vocab]: logits of each token of the latest request."""
         return torch.stack(self.logits[f"request-{self.count}"])
+
+
+class Forced:
+    """Draws the tokens that it is given."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids: Iterator[int] = iter(ids)
+
+    def next_token(self, logits: torch.Tensor) -> int:
+        return next(self.ids)
+
+
+def drive(
+    mode: SharingMode, adapters: AdapterSet, *, steps: int = 7, seed: int = 0, **options: Any
+) -> Iterator[tuple[Recorder, Chunk, int, list[int], list[int], torch.Tensor]]:
+    """A trajectory of several turns by three roles. Yields what each turn's logits were and should be."""
+    recorder = Recorder(tiny_engine(mode, adapters, **options))
+    random = torch.Generator().manual_seed(seed)
+
+    def fresh(count: int) -> list[int]:
+        return torch.randint(3, 280, (count,), generator=random).tolist()
+
+    ids = fresh(11)
+    writers = [0 if mode.one_writer_per_token else 1] * 9  # elsewhere the role that asks first writes it all
+    for step in range(steps):
+        role = ROLES[(0, 1, 1, 2, 0, 2, 1)[step % 7]]
+        index = ROLES.index(role) + 1
+        position_roles = [("base", *ROLES)[w] for w in writers] + [role] * (len(ids) - len(writers))
+        answer = recorder.ask(role, ids, 5, position_roles=position_roles, opening=2)
+        writers += [index] * (len(ids) + 4 - len(writers))
+        ids += answer.token_ids
+        yield recorder, answer, index, list(ids[:-1]), list(writers), recorder.last_logits()
+        ids += fresh((0, 6, 3, 0, 9, 1, 2)[step % 7]) + fresh(2)

@@ -1,8 +1,8 @@
 """What a forward pass over a trajectory must give, computed slowly from the definitions.
 
 One token at a time, in float32, with a record of what was cached for every token at every layer. Nothing of `kernels/`,
-PEFT or transformers' forward is used, so an error there cannot hide here. Models: Llama and its likes (Mistral, Qwen2),
-with plain rotary embedding.
+PEFT or transformers' forward is used, so an error there cannot hide here. Models: Llama and its likes (Mistral, Qwen2,
+Qwen3), with plain rotary embedding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Mode = Literal["non_shared", "full_shared", "base_shared", "base_lr_shared"]
 
 @dataclass
 class Cached:
-    """What one token left at one layer. Keys are kept unrotated; the reader rotates them."""
+    """What one token left at one layer. Keys are kept as projected; the reader normalises and rotates them."""
 
     key: Tensor  # [Hkv * D]: K_base, or the writer's full K in the modes that share or keep full values
     value: Tensor  # [Hkv * D]
@@ -134,10 +134,10 @@ class _Reference:
                 key = key + self.up[f"{attention}.k_proj"][role - 1] @ own.low_k
             if role > 0 and own.low_v is not None:
                 value = value + self.up[f"{attention}.v_proj"][role - 1] @ own.low_v
-            keys.append(self._rotate(key.view(-1, self.head_dim), position))
+            keys.append(self._heads(key, f"{attention}.k_norm", position))
             values.append(value.view(-1, self.head_dim))
         all_keys, all_values = torch.stack(keys), torch.stack(values)  # [t + 1, Hkv, D]
-        queries = self._rotate(query.view(-1, self.head_dim), len(base) - 1)  # [Hq, D]
+        queries = self._heads(query, f"{attention}.q_norm", len(base) - 1)  # [Hq, D]
         group = queries.shape[0] // all_keys.shape[1]
         window = getattr(self.config, "sliding_window", None)
         start = max(0, len(base) - window) if window else 0
@@ -146,6 +146,13 @@ class _Reference:
             scores = all_keys[start:, head // group] @ one / self.head_dim**0.5
             heads.append(torch.softmax(scores, dim=0) @ all_values[start:, head // group])
         return torch.cat(heads)
+
+    def _heads(self, flat: Tensor, norm: str, position: int) -> Tensor:
+        """flat: [H * D]. Returns [H, D]: each head normalised, where the model has such a norm, and rotated."""
+        heads = list(flat.view(-1, self.head_dim))
+        if f"{norm}.weight" in self.weights:
+            heads = [self._norm(head, norm) for head in heads]
+        return self._rotate(torch.stack(heads), position)
 
     def _linear(self, hidden: Tensor, path: str, role: int) -> Tensor:
         out = self.weights[f"{path}.weight"] @ hidden

@@ -11,7 +11,22 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lragent.adapter_set import AdapterSet, RoleSpec
 
@@ -61,8 +76,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_config(**overrides: Any) -> LlamaConfig:
-    """Two layers, hidden 64, four query and two key-value heads of 16, 300 tokens."""
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 7}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"attn_logit_softcapping": 2.0, "sliding_window": 7}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window": 7}),
+}
+"""Config, model, and what makes it differ from Llama even when tiny."""
+
+
+def tiny_config(family: str = "llama", **overrides: Any) -> Any:
+    """Two layers, hidden 64, four query and two key-value heads of 16, 300 tokens. family: a key of `FAMILIES`."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -78,14 +104,22 @@ def tiny_config(**overrides: Any) -> LlamaConfig:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return LlamaConfig(**(settings | overrides))
+    config, _, own = FAMILIES[family]
+    return config(**(settings | own | overrides))
 
 
-def tiny_model(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A random float32 model in eval mode, the same for the same seed; `overrides` go to its config."""
+def tiny_model(seed: int = 0, family: str = "llama", **overrides: Any) -> Any:
+    """A random float32 model in eval mode, the same for the same seed; `overrides` go to its config.
+
+    Biases and the norms of heads are random too: as transformers makes them, they would do nothing.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(tiny_config(**overrides)).float().eval()
+        model = FAMILIES[family][1](tiny_config(family, **overrides)).float().eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+                nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.5)
+        return model
 
 
 def save_tiny(folder: Path | str, seed: int = 0, **overrides: Any) -> Path:

@@ -13,15 +13,19 @@ from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import BASE, Renderer
 from lragent.errors import UserError
+from lragent.key_norm import unsupported_key_norm
 from lragent.models import check_fits, fingerprint, load_model, load_tokenizer, resolve_model
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.pack import read_pack
 from lragent.role_linear import install_roles
+from lragent.rope import rope_at
 from lragent.routing import Router
 from lragent.serve.cache.pools import CachePools, CacheShape
 from lragent.serve.cache.role_cache import Reader, RoleCache
+from lragent.serve.engine.cached_pass import CachedAttention
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
+from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole
@@ -103,10 +107,12 @@ def build_engine(
         check_fits(model, adapters)
         if sharing.decomposed:
             split = frozenset(adapters.targets) & {"k_proj", "v_proj"}
-        if "k_proj" in split and any(path.endswith("k_norm") for path, _ in model.named_modules()):
+        unsupported = unsupported_key_norm(model) if "k_proj" in split else None
+        if unsupported is not None:
             raise UserError(
-                f"--sharing {sharing}: this model normalises its keys after projection, so an adapter on k_proj cannot "
-                "be cached apart; serve with --sharing non_shared or full_shared, or train without k_proj."
+                f"--sharing {sharing}: {unsupported} is no norm of keys that can be applied for each reader, so an "
+                "adapter on k_proj cannot be cached apart; serve with --sharing non_shared or full_shared, or train "
+                "without k_proj."
             )
         install_roles(model, adapters, router)
         _warn_of_other_use(adapters, sharing, prefix_writer)
@@ -117,17 +123,11 @@ def build_engine(
     context = min(context, slots)
     cache = RoleCache(sharing, slots, lr_slots=slots, a_digest=adapters.a_digest() if adapters else "")
     roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
-    runner = Runner(
-        model,
-        router,
-        CachePools(shape, slots, slots, place.dtype, place.device),
-        sharing,
-        split,
-        {role.reader.writer: role.index for role in roles.values()},
-        context,
-    )
+    pools = CachePools(shape, slots, slots, place.dtype, place.device)
+    attention = _attention(model, pools, context)
+    writers = {role.reader.writer: role.index for role in roles.values()}
     return Engine(
-        runner=runner,
+        runner=Runner(model, router, attention, sharing, split, writers),
         scheduler=Scheduler(cache, max_num_seqs, token_budget),
         tokenizer=tokenizer,
         roles=roles,
@@ -136,6 +136,14 @@ def build_engine(
         limits=EngineLimits(context),
         seed=seed,
     )
+
+
+def _attention(model: PreTrainedModel, pools: CachePools, context: int) -> CachedAttention | KernelAttention:
+    """Through the kernels on a GPU, else in plain torch. context: the most positions that a sequence has."""
+    device = pools.key.device
+    dtype = torch.float32 if device.type == "cuda" else pools.key.dtype
+    rope = None if pools.low_k is None else rope_at(model, torch.arange(context, device=device), dtype)
+    return KernelAttention(pools, rope) if device.type == "cuda" else CachedAttention(pools, rope)
 
 
 def resolve_prefix_writer(asked: PrefixWriter | None, adapters: AdapterSet | None) -> PrefixWriter:

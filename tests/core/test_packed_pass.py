@@ -22,19 +22,22 @@ SHAPES: dict[str, tuple[int, ...]] = {
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "window"])
-def test_each_trajectory_alone_through_the_readers_b(split: bool, window: int | None, device: str) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["plain", "soft_cap"])
+def test_each_trajectory_alone_through_the_readers_b(
+    split: bool, window: int | None, softcap: float | None, device: str
+) -> None:
     given = {name: torch.randn(shape, device=device, requires_grad=True) for name, shape in SHAPES.items()}
     route = Route.of(ROLES, device, frozenset({"v_proj"} if split else ()))
     projection = SimpleNamespace(take_low=lambda: given["low"][None], reader_up=lambda: given["up"])
     layer: Any = SimpleNamespace(v_proj=projection)
     three = [given[name] for name in ("query", "key", "value")]
-    out = PackedPass(SPANS, route).attend(layer, *three, 0.3, window)
+    out = PackedPass(SPANS, route).attend(layer, *three, 0.3, window, softcap)
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
     low, up = (exact["low"], exact["up"]) if split else (None, None)
     want = torch.cat([
         lora_attention(
             *(exact[name][:, a:b] for name in ("query", "key", "value")), None if low is None else low[a:b], up,
-            route.roles[a:b], scale=0.3, window=window,
+            route.roles[a:b], scale=0.3, window=window, softcap=softcap,
         )
         for a, b in SPANS
     ])  # fmt: skip

@@ -26,6 +26,7 @@ class Case:
     roles: tuple[int, ...] = (1, 2, 0, 3, 1)
     positions: tuple[int, ...] | None = None
     window: int | None = None
+    softcap: float | None = None
 
 
 CASES = {
@@ -42,6 +43,8 @@ CASES = {
     "window_wider_than_context": Case(window=50),
     "positions": Case(positions=(0, 3, 4, 8, 2)),
     "positions_and_window": Case(positions=(0, 3, 4, 8, 2), window=2),
+    "soft_cap": Case(softcap=1.5),
+    "soft_cap_and_window": Case(softcap=1.5, window=3),
     "uniform_role": Case(roles=(2, 2, 2, 2, 2)),
     "base_only": Case(roles=(0, 0, 0, 0, 0)),
 }
@@ -73,7 +76,7 @@ def tensors(case: Case, dtype: torch.dtype = torch.float32) -> list[torch.Tensor
 
 def options(case: Case) -> dict:
     positions = None if case.positions is None else torch.tensor(case.positions)
-    return {"scale": SCALE, "positions": positions, "window": case.window}
+    return {"scale": SCALE, "positions": positions, "window": case.window, "softcap": case.softcap}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -112,6 +115,21 @@ def test_the_definition_is_torchs_own_attention() -> None:
     assert_close(got, expected, torch.float32)
 
 
+def test_a_soft_cap_never_meets_torchs_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["soft_cap"]
+    inputs, roles = tensors(case), torch.tensor(case.roles)
+    monkeypatch.setattr(attention, "EXPLICIT_SCORES_LIMIT", -1)
+    expected = lora_attention_reference(*inputs, roles, **options(case))
+    assert_close(lora_attention(*inputs, roles, **options(case)), expected, torch.float32)
+    by_hand = inputs[1][0] @ inputs[0][0].T * SCALE  # of the first head
+    weights = torch.softmax(
+        (1.5 * torch.tanh(by_hand / 1.5)).T.masked_fill(~visible(5, 9, by_hand.device, None, None), float("-inf")),
+        dim=-1,
+    )
+    plain = lora_attention(*inputs, 0, **options(case))
+    assert_close(plain[:, 0], weights @ inputs[2][0], torch.float32)
+
+
 def test_readers_differ() -> None:
     """Or every test above could pass with the adapters left out."""
     case = CASES["append"]
@@ -122,7 +140,7 @@ def test_readers_differ() -> None:
             assert (one - other).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["append", "decode", "positions_and_window", "base_only"])
+@pytest.mark.parametrize("name", ["append", "decode", "positions_and_window", "soft_cap", "base_only"])
 def test_gradients(name: str, path: str) -> None:
     case = CASES[name]
     inputs = [x.requires_grad_() for x in tensors(case, torch.float64)]

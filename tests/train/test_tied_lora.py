@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from reference import reference_logits
 from tiny import make_adapter_set, tiny_config, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM
 
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, PackedPass, register_attention
@@ -18,6 +18,7 @@ from lragent.routing import Route
 from lragent.tied_lora import RoleModel, TiedLoraLinear, build_role_model
 
 ROLES = ("plan", "action", "reflect")
+each_family = pytest.mark.parametrize("family", ["llama", "qwen3"])  # the latter normalises keys after projection
 
 
 def role_model(adapters: AdapterSet, **config: object) -> RoleModel:
@@ -39,12 +40,13 @@ def role_model(adapters: AdapterSet, **config: object) -> RoleModel:
 
 def one_pass(built: RoleModel, ids: list[int], roles: list[int], split: frozenset[str]) -> torch.Tensor:
     """Logits [T, vocab] of one flat trajectory."""
-    positions = torch.arange(len(ids))
-    route = Route.of(roles, split=split)
+    device = built.model.device
+    positions = torch.arange(len(ids), device=device)
+    route = Route.of(roles, device, split)
     rope = rope_at(built.model.get_base_model(), positions, torch.float32)
     with built.router.use(route):
         out = built.model(
-            input_ids=torch.tensor([ids]),
+            input_ids=torch.tensor([ids], device=device),
             position_ids=positions[None],
             attention_pass=PackedPass(((0, len(ids)),), route, rope),
             use_cache=False,
@@ -52,13 +54,11 @@ def one_pass(built: RoleModel, ids: list[int], roles: list[int], split: frozense
     return out.logits[0]
 
 
-def peft_logits(adapters: AdapterSet, role: int, ids: list[int]) -> torch.Tensor:
+def peft_logits(adapters: AdapterSet, role: int, ids: list[int], **config: object) -> torch.Tensor:
     """Plain PEFT, one untied adapter."""
     spec = adapters.roles[role - 1]
-    config = LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, use_rslora=spec.rslora, target_modules=list(adapters.targets)
-    )
-    model = get_peft_model(tiny_model(), config)
+    lora = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, use_rslora=spec.rslora, target_modules=list(adapters.targets))
+    model = get_peft_model(tiny_model(**config), lora)
     with torch.no_grad():
         for path, module in model.get_base_model().named_modules():
             if path in adapters.shared_a:
@@ -78,11 +78,12 @@ EVERY_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), EVERY_TARGET], ids=["q,v", "all"])
 @pytest.mark.parametrize("role", [1, 3])
-def test_one_role_everywhere_is_pefts_forward(targets: tuple[str, ...], role: int) -> None:
-    adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
+@each_family
+def test_one_role_everywhere_is_pefts_forward(family: str, targets: tuple[str, ...], role: int) -> None:
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
     ids = some_ids(20)
-    want = peft_logits(adapters, role, ids)
-    built = role_model(adapters)
+    want = peft_logits(adapters, role, ids, family=family)
+    built = role_model(adapters, family=family)
     with torch.no_grad():
         whole = one_pass(built, ids, [role] * len(ids), frozenset())
         # With one reader, the split form says the same.
@@ -90,24 +91,28 @@ def test_one_role_everywhere_is_pefts_forward(targets: tuple[str, ...], role: in
     torch.testing.assert_close(whole, want, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(split, want, atol=2e-5, rtol=1e-5)
     with torch.no_grad():
-        base = tiny_model()(input_ids=torch.tensor([ids])).logits[0]
+        base = tiny_model(family=family)(input_ids=torch.tensor([ids])).logits[0]
         assert (want - base).abs().max() > 0.05, "the adapters must matter"
         torch.testing.assert_close(one_pass(built, ids, [0] * len(ids), frozenset()), base, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(one_pass(built, ids, [0] * len(ids), built.split()), base, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj"), EVERY_TARGET], ids=len)
-def test_mixed_roles_equal_the_reference(targets: tuple[str, ...]) -> None:
-    adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
+@each_family
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mixed_roles_equal_the_reference(device: str, family: str, targets: tuple[str, ...]) -> None:
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
     ids = some_ids(24)
     roles = [0] * 4 + [1] * 6 + [2] * 5 + [1] * 3 + [3] * 6
-    built = role_model(adapters)
+    built = role_model(adapters, family=family)
+    built.model.to(device)
     with torch.no_grad():
         shared = one_pass(built, ids, roles, built.split())
         full = one_pass(built, ids, roles, frozenset())
-    model = tiny_model()
+    model = tiny_model(family=family)
     for got, mode in ((shared, "base_lr_shared"), (full, "full_shared")):
-        torch.testing.assert_close(got, reference_logits(model, adapters, ids, roles, mode), atol=5e-5, rtol=1e-4)
+        want = reference_logits(model, adapters, ids, roles, mode)
+        torch.testing.assert_close(got.cpu(), want, atol=5e-5, rtol=1e-4)
     assert (shared - full).abs().max() > 1e-3, "the reader's B must matter"
 
 
@@ -128,33 +133,24 @@ def test_the_references_modes_agree_for_one_role_and_with_peft() -> None:
             assert (one - other).abs().max() > 1e-4, "the modes are four different computations"
 
 
-def test_the_reference_covers_biases_and_windows() -> None:
-    """Mistral's window and Qwen2's biases, against transformers' own forward."""
-    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    shape = tiny_config().to_dict()
-    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "initializer_range", "tie_word_embeddings")  # fmt: skip
-    kwargs = {name: shape[name] for name in keep}
-    mistral = MistralForCausalLM(MistralConfig(**kwargs, head_dim=16, sliding_window=5)).eval()
-    qwen = Qwen2ForCausalLM(Qwen2Config(**kwargs)).eval()
-    nn.init.normal_(qwen.model.layers[0].self_attn.k_proj.bias)
-    ids = some_ids(16)
-    for model in (mistral, qwen):
-        adapters = make_adapter_set(model, ROLES)
-        with torch.no_grad():
-            want = model(input_ids=torch.tensor([ids])).logits[0]
-        got = reference_logits(model, adapters, ids, [0] * 16, "base_lr_shared")
-        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_reference_covers_biases_windows_and_norms_of_heads(family: str) -> None:
+    """Mistral's window, Qwen2's biases and Qwen3's norms, against transformers' own forward."""
+    model, ids = tiny_model(family=family), some_ids(16)
+    with torch.no_grad():
+        want = model(input_ids=torch.tensor([ids])).logits[0]
+    got = reference_logits(model, make_adapter_set(model, ROLES), ids, [0] * 16, "base_lr_shared")
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj")], ids=["q,v", "q,k,v"])
-def test_gradients_equal_finite_differences(targets: tuple[str, ...]) -> None:
-    adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
-    built = role_model(adapters)
+@each_family
+def test_gradients_equal_finite_differences(family: str, targets: tuple[str, ...]) -> None:
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
+    built = role_model(adapters, family=family)
     for path, module in list(built.model.named_modules()):
-        if path.endswith("norm"):  # Llama's own norm computes in float32
-            built.model.set_submodule(path, nn.RMSNorm(64, eps=module.variance_epsilon))
+        if path.endswith("norm"):  # transformers' own norm computes in float32
+            built.model.set_submodule(path, nn.RMSNorm(len(module.weight), eps=module.variance_epsilon))
     built.model.double()
     built.unfreeze()
     ids, roles = some_ids(14), [0] * 3 + [1] * 4 + [2] * 4 + [3] * 3
@@ -254,11 +250,18 @@ def test_what_a_model_cannot_have_is_refused(change: dict[str, object], says: st
         build_role_model(tiny_model(), rank=2, alpha=4, **arguments)  # type: ignore[arg-type]
 
 
-def test_normalised_keys_cannot_be_split() -> None:
-    config = Qwen3Config(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
-    built = build_role_model(Qwen3ForCausalLM(config), ROLES, rank=2, alpha=4, targets=("k_proj", "v_proj"))
-    with pytest.raises(UserError, match="k_proj"):
+def test_keys_normalised_in_a_way_of_their_own_cannot_be_split() -> None:
+    built = build_role_model(tiny_model(family="gemma3"), ROLES, rank=2, alpha=4, targets=("k_proj", "v_proj"))
+    with pytest.raises(UserError, match=r"k_proj, but model\.layers\.0\.self_attn\.k_norm \(Gemma3RMSNorm\)"):
         built.split()
+
+
+def test_base_keys_are_kept_only_where_they_are_taken() -> None:
+    """Or every layer's would stay in memory until the next pass."""
+    for family, kept in (("llama", False), ("qwen3", True)):
+        built = role_model(make_adapter_set(tiny_model(family=family), ROLES, targets=EVERY_TARGET), family=family)
+        for path, module in built.modules.items():
+            assert module.keeps_base == (kept and path.endswith("k_proj"))
+        ids = some_ids(8)
+        one_pass(built, ids, [1, 2] * 4, built.split())
+        assert all(module._base is None and module._low is None for module in built.modules.values())

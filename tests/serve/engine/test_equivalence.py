@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import Recorder, tiny_engine
+from engines import ROLES, WAYS, Recorder, drive, each_way, tiny_engine
 from reference import reference_logits
-from tiny import make_adapter_set, tiny_model
+from tiny import FAMILIES, make_adapter_set, tiny_model
 
 from lragent.modes import SharingMode
 
-ROLES = ("plan", "action", "reflect")
 TARGETS = {
     "q_v": ("q_proj", "v_proj"),
     "q_k_v": ("q_proj", "k_proj", "v_proj"),
@@ -18,27 +17,6 @@ TARGETS = {
     "all_linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def drive(mode: SharingMode, adapters, *, steps: int = 7, seed: int = 0, **options):
-    """A trajectory of several turns by three roles. Yields what each turn's logits were and should be."""
-    recorder = Recorder(tiny_engine(mode, adapters, **options))
-    random = torch.Generator().manual_seed(seed)
-
-    def fresh(count: int) -> list[int]:
-        return torch.randint(3, 280, (count,), generator=random).tolist()
-
-    ids = fresh(11)
-    writers = [0 if mode.one_writer_per_token else 1] * 9  # elsewhere the role that asks first writes it all
-    for step in range(steps):
-        role = ROLES[(0, 1, 1, 2, 0, 2, 1)[step % 7]]
-        index = ROLES.index(role) + 1
-        position_roles = [("base", *ROLES)[w] for w in writers] + [role] * (len(ids) - len(writers))
-        answer = recorder.ask(role, ids, 5, position_roles=position_roles, opening=2)
-        writers += [index] * (len(ids) + 4 - len(writers))
-        ids += answer.token_ids
-        yield recorder, answer, index, list(ids[:-1]), list(writers), recorder.last_logits()
-        ids += fresh((0, 6, 3, 0, 9, 1, 2)[step % 7]) + fresh(2)
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
@@ -89,3 +67,38 @@ def test_one_role_makes_all_modes_agree() -> None:
     for ids, logits in answers[1:]:
         assert ids == answers[0][0]
         torch.testing.assert_close(logits, answers[0][1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@each_way
+@pytest.mark.parametrize("mode", list(SharingMode))
+def test_models_of_every_family_equal_the_reference(mode: SharingMode, way: str, family: str) -> None:
+    """Windows, biases, and keys that are normalised before or, where they are decomposed, when read."""
+    model = tiny_model(family=family)
+    adapters = make_adapter_set(model, ROLES, targets=TARGETS["q_k_v"])
+    options = {"steps": 4, "model_options": {"family": family}, **WAYS[way]}
+    for _, _, role, ids, writers, got in drive(mode, adapters, **options):
+        if mode is SharingMode.NON_SHARED:
+            writers = [role] * len(ids)
+        expected = reference_logits(model, adapters, ids, writers, mode)
+        torch.testing.assert_close(got.cpu(), expected[-len(got) :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@each_way
+@pytest.mark.parametrize("mode", list(SharingMode))
+def test_one_role_alone_equals_transformers_with_its_weights_merged(mode: SharingMode, way: str, family: str) -> None:
+    """Windows that differ by layer and a soft cap on scores included (Gemma)."""
+    model = tiny_model(family=family, attn_implementation="eager")
+    adapters = make_adapter_set(model, ("solo",))
+    recorder = Recorder(tiny_engine(mode, adapters, model_options={"family": family}, token_budget=8, **WAYS[way]))
+    ids = list(range(10, 40))
+    with torch.no_grad():
+        for path in adapters.module_paths:
+            delta = adapters.scaled_b(path)[0] @ adapters.shared_a[path]
+            model.get_submodule(path).weight.add_(delta)
+        for _ in range(2):
+            answer = recorder.ask("solo", ids, 6)
+            ids += answer.token_ids
+            expected = model(input_ids=torch.tensor([ids[:-1]])).logits[0, -6:]
+            torch.testing.assert_close(recorder.last_logits().cpu(), expected, **TOLERANCE)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import Recorder, tiny_engine
+from engines import ROLES, Forced, Recorder, tiny_engine
 from peft import PeftModel
 from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 from tolerances import MODEL_TOLERANCES
@@ -27,7 +26,6 @@ from lragent.serve.engine.types import FinishReason
 from lragent.tied_lora import build_role_model
 from lragent.train.data import load_examples
 
-ROLES = ("plan", "action", "reflect")
 ALL = ("base", *ROLES)
 
 
@@ -121,30 +119,22 @@ MESSAGES = [
 ]
 
 
-class Forced:
-    """Draws the tokens that it is given."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self.ids: Iterator[int] = iter(ids)
-
-    def next_token(self, logits: torch.Tensor) -> int:
-        return next(self.ids)
-
-
 @pytest.mark.parametrize("prefix_writer", list(PrefixWriter))
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "up_proj")], ids="-".join)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_training_saw_is_what_serving_gives(
-    prefix_writer: PrefixWriter, targets: tuple[str, ...], tmp_path: Path
+    prefix_writer: PrefixWriter, targets: tuple[str, ...], family: str, tmp_path: Path
 ) -> None:
     """The one pass over a trajectory, as training runs it, against the engine replaying it turn by turn over chat."""
-    adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
+    adapters = make_adapter_set(tiny_model(family=family), ROLES, targets=targets)
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
     renderer = Renderer(tiny_tokenizer())
     (example,) = load_examples(data, renderer, ROLES, objective="shared", prefix_writer=prefix_writer)
-    trained = _one_pass(adapters, example.token_ids, example.roles)
+    trained = _one_pass(tiny_model(family=family), adapters, example.token_ids, example.roles)
 
-    recorder = Recorder(tiny_engine("base_lr_shared", adapters, prefix_writer=prefix_writer))
+    options: dict[str, Any] = {"prefix_writer": prefix_writer, "model_options": {"family": family}}
+    recorder = Recorder(tiny_engine("base_lr_shared", adapters, **options))
     prompts = ChatPrompts(renderer, recorder.engine.turns, recorder.engine.sharing, prefix_writer)
     compared = 0
     for at, message in enumerate(MESSAGES):
@@ -170,9 +160,8 @@ def test_what_training_saw_is_what_serving_gives(
     assert reused.tokens_computed < len(example.token_ids)  # nothing was computed twice
 
 
-def _one_pass(adapters: AdapterSet, ids: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+def _one_pass(model: Any, adapters: AdapterSet, ids: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
     register_attention()
-    model = tiny_model()
     model.set_attn_implementation(ATTENTION)
     spec = adapters.roles[0]
     built = build_role_model(model, ROLES, rank=spec.rank, alpha=spec.alpha, targets=adapters.targets)
@@ -215,7 +204,7 @@ def test_other_weights_under_an_old_name_never_hit_old_entries(mode: SharingMode
     after = Recorder(tiny_engine(mode, _reloaded(old, 0)))
     cache = before.engine.cache
     after.engine._scheduler.cache = cache
-    after.engine._runner._pools = before.engine._runner._pools
+    after.engine._runner._attention = before.engine._runner._attention
     cache.set_live_writers([role.reader.writer for role in after.engine.roles.values()])
     usage = after.ask("plan", ids).usage
     assert usage is not None
