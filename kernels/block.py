@@ -158,30 +158,32 @@ def attend_block(
 
 
 @triton.jit
-def normalise_block(acc, acc_low, m_i, l_i):
-    """Divide by the softmax's sum.
+def normalise_block(
+    acc, acc_low, m_i, l_i, b_up, roles, least, most, p_up, role_stride, rank_stride,
+    DIM: tl.constexpr, D: tl.constexpr, RANK_V: tl.constexpr, RV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Divide by the softmax's sum and apply each row's `B`. b_up: [RV, D], that of the role `least`.
 
-    Returns attention over `V_base` [BM, D], over the LR cache [BM, RV], and the base-2 logarithm [BM] of the softmax's
-    sum, all float32.
+    Returns the block's attention [BM, D] and the base-2 logarithm [BM] of its softmax's sum, both float32.
     """
     seen = tl.where(l_i == 0.0, 1.0, l_i)
-    return acc / seen[:, None], acc_low / seen[:, None], m_i + tl.log2(seen)
+    out = acc / seen[:, None]
+    if RANK_V > 0:
+        low_out = acc_low / seen[:, None]
+        out = add_low(
+            out, low_out, b_up, roles, least, most, p_up, role_stride, rank_stride, tl.arange(0, D),
+            DIM, RANK_V, RV, PRECISION,
+        )  # fmt: skip
+    return out, m_i + tl.log2(seen)
 
 
 @triton.jit
 def store_block(
-    out, low_out, b_up, roles, least, most, p_up_v, role_stride, rank_stride, p_out, out_stride,
-    kv, start, fresh, first_row,
-    GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, RANK_V: tl.constexpr, RV: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    out, p_out, out_stride, kv, start, fresh, first_row,
+    GROUP: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Apply each row's `B`, and write the block. b_up: [RV, D], that of the role `least`. p_out: [T, Hq, DIM]."""
+    """Write a block's rows. p_out: [T, Hq, DIM], heads side by side."""
     o_d = tl.arange(0, D)
-    if RANK_V > 0:
-        p_up = p_up_v + kv * DIM
-        out = add_low(
-            out, low_out, b_up, roles, least, most, p_up, role_stride, rank_stride, o_d, DIM, RANK_V, RV, PRECISION
-        )
     o_m = first_row + tl.arange(0, BLOCK_M)
     p_rows = p_out + (start + o_m // GROUP).to(tl.int64) * out_stride + (kv * GROUP + o_m % GROUP) * DIM
     m_out = (o_m < fresh * GROUP)[:, None] & (o_d < DIM)[None, :]

@@ -16,6 +16,9 @@ from lragent.kernels.checks import FLOATS, Arguments, check_rank
 MOST_RANK = 128
 """The largest rank that the kernels hold on chip; larger ones (stacked packs) are read through torch."""
 
+LEAST_ANGLES = 64
+"""Rows that tables of angles must have: keys are rotated by their offset in a tile, whatever the context's length."""
+
 MOST_SCORES = 1 << 26
 """The definition writes out at most this many scores at once."""
 
@@ -109,6 +112,8 @@ def check_cached(query: torch.Tensor, cache: LayerCache, batch: CachedBatch, rea
             raise ValueError("readers.rope: low-rank keys are rotated when read; give cos and sin.")
         sizes.tensor("readers.rope[0]", readers.rope[0], "positions D", torch.float32)
         sizes.tensor("readers.rope[1]", readers.rope[1], "positions D", torch.float32)
+        if sizes["positions"] < LEAST_ANGLES:
+            raise ValueError(f"readers.rope: must have at least {LEAST_ANGLES} positions, not {sizes['positions']}.")
     if readers.key_norm is not None:
         if readers.up_k is None:
             raise ValueError("readers.key_norm: raw keys are cached only where k_proj is adapted; give readers.up_k.")

@@ -23,11 +23,17 @@ class Arguments:
         return self._sizes[letter]
 
     def tensor(
-        self, name: str, value: torch.Tensor, shape: str, dtypes: torch.dtype | Iterable[torch.dtype]
+        self,
+        name: str,
+        value: torch.Tensor,
+        shape: str,
+        dtypes: torch.dtype | Iterable[torch.dtype],
+        *,
+        any_stride: bool = False,
     ) -> torch.Tensor:
         """Check one tensor, and take its sizes for the letters of `shape` that are new.
 
-        shape: such as `T Hq D`. The last dimension must be contiguous; the others may have any stride. Raises
+        shape: such as `T Hq D`. The last dimension must be contiguous, unless it too may have `any_stride`. Raises
         ValueError naming the argument.
         """
         allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
@@ -44,7 +50,7 @@ class Arguments:
                 by = f" ({letter} is {want} by {self._named_by[letter]})" if letter in self._named_by else ""
                 raise ValueError(f"{name}: must have the shape [{', '.join(letters)}]{by}, not {list(value.shape)}.")
             self._named_by.setdefault(letter, name)
-        if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        if not any_stride and value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
             raise ValueError(f"{name}: its last dimension must be contiguous; call .contiguous() on it.")
         return value
 

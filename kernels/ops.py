@@ -1,4 +1,4 @@
-"""The kernels' public functions: arguments are checked, then the fastest way that takes them is chosen.
+"""The kernels of serving: arguments are checked, then the fastest way that takes them is chosen, Triton's or torch's.
 
 Attention through the cache has four ways, all of one meaning (`kernels.cached`): split over the context for few new
 tokens; one program per block for many; the context laid out for torch's fused attention, for long chunks of known
@@ -20,6 +20,7 @@ from lragent.kernels.cached import (
     cached_attention_reference,
     check_cached,
 )
+from lragent.kernels.low_rank import role_up
 
 if TYPE_CHECKING:
     from lragent.kernels.plan import Plan
@@ -82,7 +83,7 @@ def make_plan(
     rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
     shape = Shape(batch.most_new * (heads // kv_heads), dim, rank_v, rank_k, query.element_size())
     sizes = (split_blocks if way == "split" else prefill_blocks)(shape, Device.of(query.device))
-    plan = Plan.empty(sizes, batch, heads, kv_heads, padded(dim), padded(rank_v), query.dtype)
+    plan = Plan.empty(sizes, batch, heads, kv_heads, padded(dim), query.dtype)
     plan.make(batch, heads, kv_heads, window)
     return plan
 
@@ -141,3 +142,45 @@ def cached_attention(
     arguments = kernel_arguments(query, cache, batch, readers, scale, window, softcap)
     (launch_split if plan.sizes.programs else launch_prefill)(arguments, plan, out)
     return out
+
+
+def write_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    low_v: torch.Tensor | None,
+    low_k: torch.Tensor | None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    positions: torch.Tensor,
+    base_slots: torch.Tensor,
+    low_slots: torch.Tensor | None,
+    cache: LayerCache,
+    *,
+    rotate_key: bool = True,
+) -> None:
+    """Rotate queries in place and keys, and write new tokens to their slots: `kernels.rotary_write`, which says more.
+
+    query: [T, Hq, D]; key, value: [T, Hkv, D]; low_v, low_k: [T, r]; positions, base_slots, low_slots: [T] int32, a
+    slot of -1 writes nothing. rope: None where query and key come rotated. Raises ValueError naming the argument.
+    """
+    from lragent.kernels.rotary_write import rotary_write, rotary_write_torch
+
+    (rotary_write if query.is_cuda else rotary_write_torch)(
+        query, key, value, low_v, low_k, rope, positions, base_slots, low_slots,
+        cache.key, cache.value, cache.low_v, cache.low_k, rotate_key=rotate_key,
+    )  # fmt: skip
+
+
+def add_role_up(
+    out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`out + low B` of each token's role. On CUDA and without gradients `out` itself is added to.
+
+    out: [T, d_out]; low: [T, r]; up: [n_roles, r, d_out]; roles: [T] int32, 0 = base; order: [T] int32 from
+    `kernels.grouped_up.group_by_role`, which makes many roles faster. Raises ValueError naming the argument.
+    """
+    if not out.is_cuda or torch.is_grad_enabled():
+        return out + role_up(low, up, roles)
+    from lragent.kernels.grouped_up import grouped_up_
+
+    return grouped_up_(out, low, up, roles, order)

@@ -48,10 +48,10 @@ class Plan:
 
     blocks: [most_blocks, BLOCK_FIELDS], all that a program must know of a block, read at one go: the latencies of loads
     that wait for one another would be most of a short step. runs: [programs, RUN_FIELDS], where each program begins:
-    units, block, key head, tile, then that block's fields. totals: [2], units of one head, and blocks. part_out,
-    part_low: [2 * programs, BLOCK_M, D or r], part_lse: [2 * programs, BLOCK_M] float32, what a program has of its
-    first and of its last block: attention over its tiles, in the query's dtype as more would cost bandwidth, and the
-    logarithm of the softmax's sum.
+    units, block, key head, tile, then that block's fields. totals: [2], units of one head, and blocks. part_out:
+    [2 * programs, BLOCK_M, D], part_lse: [2 * programs, BLOCK_M] float32, what a program has of its first and of its
+    last block: attention over its tiles, in the query's dtype as more would cost bandwidth, and the logarithm of the
+    softmax's sum.
     """
 
     sizes: Blocks
@@ -59,17 +59,12 @@ class Plan:
     runs: torch.Tensor
     totals: torch.Tensor
     part_out: torch.Tensor
-    part_low: torch.Tensor
     part_lse: torch.Tensor
 
     @classmethod
-    def empty(
-        cls, sizes: Blocks, batch: CachedBatch, heads: int, kv_heads: int, dim: int, rank: int, dtype: torch.dtype
-    ) -> Plan:
-        """Room for every batch of as many tokens and sequences; `make` fills it.
-
-        dim, rank: padded, as on chip; dtype: the query's.
-        """
+    def empty(cls, sizes: Blocks, batch: CachedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Plan:
+        """Room for every batch of as many tokens and sequences; `make` fills it. dim: padded, as on chip; dtype: the
+        query's."""
         sequences, tokens, device = len(batch.context), len(batch.roles), batch.context.device
         most_blocks = sequences + tokens * (heads // kv_heads) // sizes.block_m
         parts = 2 * sizes.programs
@@ -83,7 +78,6 @@ class Plan:
             runs=ints(max(sizes.programs, 1), RUN_FIELDS),
             totals=ints(2),
             part_out=torch.empty(parts, sizes.block_m, dim, dtype=dtype, device=device),
-            part_low=torch.empty(parts, sizes.block_m, rank, dtype=dtype, device=device),
             part_lse=torch.empty(parts, sizes.block_m, dtype=torch.float32, device=device),
         )
 

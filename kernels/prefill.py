@@ -48,14 +48,14 @@ def _prefill_kernel(
         key_stride, value_stride, low_v_stride, low_k_stride, GROUP, DIM, D, HALF, RANK_V, RV, RANK_K, RK,
         BLOCK_M, BLOCK_N, SAME_SLOTS, False, WINDOWED, SOFTCAP, NORMALISED, PRECISION,
     )  # fmt: skip
+    p_up = p_up_v + kv * DIM
     b_up = o_m  # not read without an LR cache
     if RANK_V > 0:
-        b_up = load_up(p_up_v + kv * DIM, least, up_v_role, up_v_rank, tl.arange(0, D), DIM, RANK_V, RV)
-    out, low_out, _ = normalise_block(acc, acc_low, m_i, l_i)
-    store_block(
-        out, low_out, b_up, roles, least, most, p_up_v, up_v_role, up_v_rank, p_out, out_stride,
-        kv, start, fresh, first_row, GROUP, DIM, D, RANK_V, RV, BLOCK_M, PRECISION,
-    )  # fmt: skip
+        b_up = load_up(p_up, least, up_v_role, up_v_rank, tl.arange(0, D), DIM, RANK_V, RV)
+    out, _ = normalise_block(
+        acc, acc_low, m_i, l_i, b_up, roles, least, most, p_up, up_v_role, up_v_rank, DIM, D, RANK_V, RV, PRECISION
+    )
+    store_block(out, p_out, out_stride, kv, start, fresh, first_row, GROUP, DIM, D, BLOCK_M)
 
 
 def launch_prefill(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> None:

@@ -93,7 +93,7 @@ def varlen_lora_attention(
     if low is None or low_out is None or up is None:
         return out
     args = Arguments(query.device, T=tokens, r=low.shape[1])
-    args.tensor("up", up, f"N r {kv_heads * dim}", FLOATS)
+    args.tensor("up", up, f"N r {kv_heads * dim}", FLOATS, any_stride=True)
     args.tensor("roles", roles, "T", (torch.int64, torch.int32))
     low_out = low_out.transpose(0, 1).reshape(kv_heads, heads // kv_heads, tokens, -1)
     added = role_up_heads(low_out.to(up.dtype), up, roles).reshape(heads, tokens, dim).transpose(0, 1)

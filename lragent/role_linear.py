@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lragent.adapter_set import AdapterSet
-from lragent.kernels.low_rank import role_up
+from lragent.kernels.ops import add_role_up
 from lragent.key_norm import key_norm
 from lragent.routing import LeftForAttention, Router
 
@@ -41,13 +41,9 @@ class RoleLinear(LeftForAttention, nn.Module):
         low = F.linear(hidden, self.down)
         if route.uniform is not None:
             return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.up[route.uniform - 1]).view_as(out)
-        if out.is_cuda and not torch.is_grad_enabled():
-            from lragent.kernels.grouped_up import grouped_up_  # needs Triton, which a CPU's torch may lack
-
-            # in place, as the base layer has just made `out` for nobody else; a view, never a copy
-            flat = out.view(-1, out.shape[-1])
-            return grouped_up_(flat, low.flatten(0, -2), self.up, route.short_roles, route.order).view_as(out)
-        return out + role_up(low, self.up, route.roles)
+        flat = out.view(-1, out.shape[-1])  # a view: it may be added to in place, being made for nobody else
+        order = route.order if out.is_cuda else None
+        return add_role_up(flat, low.flatten(0, -2), self.up, route.short_roles, order).view_as(out)
 
     def reader_up(self) -> torch.Tensor:
         """[n_roles, r, d_out]: what attention applies for the reader."""

@@ -12,7 +12,7 @@ from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
-from lragent.kernels.ops import Way
+from lragent.kernels.ops import Way, write_cache
 from lragent.modes import SharingMode
 from lragent.serve.engine.build import build_engine
 from lragent.serve.engine.engine import Engine
@@ -53,15 +53,21 @@ def tiny_engine(
     attention = engine._runner._attention
     pools = attention.pools
     if by_kernels is not None:
-        from lragent.kernels.rotary_write import rotary_write, rotary_write_torch
-
-        write = rotary_write_torch if by_kernels == "torch" else rotary_write
+        write = write_cache if by_kernels == "torch" else write_by_triton
         rope = attention.rope and (attention.rope[0].float(), attention.rope[1].float())
         engine._runner._attention = KernelAttention(pools, rope, by_kernels, write)
     for pool in (pools.key, pools.value, pools.low_v, pools.low_k):
         if pool is not None:
             pool.fill_(float("nan"))
     return engine
+
+
+def write_by_triton(*arguments: Any) -> None:
+    """`write_cache` by its kernel, on a CPU too: in Triton's interpreter."""
+    from lragent.kernels.rotary_write import rotary_write
+
+    *tensors, cache = arguments
+    rotary_write(*tensors, cache.key, cache.value, cache.low_v, cache.low_k)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import BASE, Renderer
 from lragent.errors import UserError
+from lragent.kernels.cached import LEAST_ANGLES
 from lragent.key_norm import unsupported_key_norm
 from lragent.models import check_fits, fingerprint, load_model, load_tokenizer, resolve_model
 from lragent.modes import PrefixWriter, SharingMode
@@ -142,7 +143,9 @@ def _attention(model: PreTrainedModel, pools: CachePools, context: int) -> Cache
     """Through the kernels on a GPU, else in plain torch. context: the most positions that a sequence has."""
     device = pools.key.device
     dtype = torch.float32 if device.type == "cuda" else pools.key.dtype
-    rope = None if pools.low_k is None else rope_at(model, torch.arange(context, device=device), dtype)
+    rope = None
+    if pools.low_k is not None:
+        rope = rope_at(model, torch.arange(max(context, LEAST_ANGLES), device=device), dtype)
     return KernelAttention(pools, rope) if device.type == "cuda" else CachedAttention(pools, rope)
 
 

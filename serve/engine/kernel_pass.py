@@ -12,7 +12,7 @@ from torch import nn
 
 from lragent.attention import split_keys, split_projection
 from lragent.kernels.cached import CachedBatch, LayerCache, Readers, Span
-from lragent.kernels.ops import Way, cached_attention, choose_way, make_plan
+from lragent.kernels.ops import Way, cached_attention, choose_way, make_plan, write_cache
 from lragent.key_norm import norm_eps
 from lragent.rope import Rope
 from lragent.routing import Route
@@ -71,10 +71,7 @@ class KernelPass:
         )
         key, norm = (key, None) if k_proj is None else split_keys(layer, k_proj, key)
         query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # [T, H, D]
-        self.write(
-            query, key, value, low_v, low_k, None, self.positions, self.base_slots, self.low_slots,
-            cache.key, cache.value, cache.low_v, cache.low_k,
-        )  # fmt: skip
+        self.write(query, key, value, low_v, low_k, None, self.positions, self.base_slots, self.low_slots, cache)
         readers = Readers(
             v_proj.reader_up() if v_proj else None,
             k_proj.reader_up() if k_proj else None,
@@ -111,23 +108,18 @@ class KernelPass:
 class KernelAttention:
     """Makes the passes of one model. rope: cos and sin of every position, float32, where `k_proj` is split.
 
-    way: overrules the choice of the way. write: does what `rotary_write` does, and does by default. norms: by layer,
+    way: overrules the choice of the way. write: does what `write_cache` does, and does by default. norms: by layer,
     the weight [D] float32 and the eps of the norm of keys, made when first asked for.
     """
 
     pools: CachePools
     rope: Rope | None = None
     way: Way | None = None
-    write: Callable[..., None] | None = None
+    write: Callable[..., None] = write_cache
     norms: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
     def __call__(self, step: Step, route: Route) -> KernelPass:
         """The pass of `step`, whose tokens have the roles of `route`."""
-        write = self.write
-        if write is None:
-            from lragent.kernels.rotary_write import rotary_write  # needs Triton, which a CPU's torch may lack
-
-            write = rotary_write
         device = self.pools.key.device
         base_slots = np.full(len(step.roles), -1, np.int32)
         low_slots = np.empty(len(step.roles), np.int32)
@@ -143,7 +135,7 @@ class KernelAttention:
             torch.as_tensor(low_slots, device=device),
             self.rope,
             self.way,
-            write,
+            self.write,
             self.norms,
         )
 

@@ -163,7 +163,10 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     roles = torch.randint(0, N_ROLES + 1, (sum(case.lengths),), device=device)
     layout = VarlenLayout.of(case.spans, torch.device(device))
     three = [inputs[name] for name in ("query", "key", "value")]
-    got = varlen_lora_attention(*three, inputs.get("low"), inputs.get("up"), roles, layout, **case.options)
+    up = inputs.get("up")
+    if up is not None:
+        up = up.mT.contiguous().mT  # as training's projections give it
+    got = varlen_lora_attention(*three, inputs.get("low"), up, roles, layout, **case.options)
     want = apart(case, exact, roles)
     assert got.dtype is dtype
     assert got.is_contiguous()
