@@ -93,7 +93,8 @@ def attend_block(
     m_m = o_m < rows
     positions = context - fresh + o_m // GROUP  # [BM]
     token = (start + o_m // GROUP).to(tl.int64)
-    p_q = p_query + (token * query_stride + (kv * GROUP + o_m % GROUP) * head_stride)[:, None]
+    head = (kv * GROUP + o_m % GROUP).to(tl.int64)  # [BM]
+    p_q = p_query + (token * query_stride + head * head_stride)[:, None]
     q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)

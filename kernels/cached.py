@@ -16,6 +16,9 @@ from lragent.kernels.checks import FLOATS, Arguments, check_rank
 MOST_RANK = 128
 """The largest rank that the kernels hold on chip; larger ones (stacked packs) are read through torch."""
 
+MOST_DIMS = 256
+"""The largest head that the kernels take; its dimensions must be a multiple of 8."""
+
 LEAST_ANGLES = 64
 """Rows that tables of angles must have: keys are rotated by their offset in a tile, whatever the context's length."""
 
@@ -97,8 +100,6 @@ def check_cached(query: torch.Tensor, cache: LayerCache, batch: CachedBatch, rea
     sizes.tensor("cache.value", cache.value, "Hkv slots D", dtype)
     if sizes["Hq"] % sizes["Hkv"]:
         raise ValueError(f"query: its {sizes['Hq']} heads must be a multiple of the cache's {sizes['Hkv']}.")
-    if sizes["D"] > 256 or sizes["D"] % 8:
-        raise ValueError(f"query: the head dimension must be a multiple of 8, at most 256, not {sizes['D']}.")
     for name in ("v", "k"):
         low, up = getattr(cache, f"low_{name}"), getattr(readers, f"up_{name}")
         if (low is None) != (up is None):

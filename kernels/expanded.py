@@ -21,6 +21,11 @@ from lragent.kernels.tile import load_tile, load_up
 CUDNN_DIMS = (64, 80, 96, 128)
 """Head dimensions that cuDNN takes here."""
 
+FAR, NEAR = 2048, 256
+"""cuDNN plans for every new shape, which takes the host tens of milliseconds, and torch keeps all plans. So shapes are
+few: the context is cut at a multiple of FAR, what lies before is read by queries filled up to a multiple of NEAR, and
+the rest, with the new tokens at its end, is one causal square filled up likewise."""
+
 
 @triton.jit
 def _expand_kernel(
@@ -81,15 +86,16 @@ def _expand_kernel(
 
 
 @triton.jit
-def _join_kernel(p_out, out_stride, p_first, p_second, p_lse1, p_lse2, tokens, HEADS: tl.constexpr, H: tl.constexpr,
-                 DIM: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """One token's heads of two attentions over two parts of a context as one. Parts: [T, HEADS, DIM]; lse: [HEADS,
-    T]."""
+def _join_kernel(
+    p_out, out_stride, p_first, p_second, p_lse1, p_lse2, lse1_stride, lse2_stride,
+    HEADS: tl.constexpr, H: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One token's heads of two attentions over two parts of a context as one. Parts: [T, HEADS, DIM]."""
     t = tl.program_id(0).to(tl.int64)
     o_h, o_d = tl.arange(0, H), tl.arange(0, D)
     m_h = o_h < HEADS
-    lse1 = tl.load(p_lse1 + o_h * tokens + t, mask=m_h, other=0.0)
-    lse2 = tl.load(p_lse2 + o_h * tokens + t, mask=m_h, other=0.0)
+    lse1 = tl.load(p_lse1 + o_h * lse1_stride + t, mask=m_h, other=0.0)
+    lse2 = tl.load(p_lse2 + o_h * lse2_stride + t, mask=m_h, other=0.0)
     share = 1.0 / (1.0 + tl.exp2((lse2 - lse1) * 1.4426950408889634))
     o_part = t * HEADS * DIM + o_h[:, None] * DIM + o_d[None, :]
     m_part = m_h[:, None] & (o_d < DIM)[None, :]
@@ -143,8 +149,8 @@ def expanded_attention(
     """Attention of every span, one after the other. query: [T, Hq, D]. Returns [T, Hq, D]; needs CUDA and cuDNN."""
     kv_heads, _, dim = cache.key.shape
     out = None if len(spans) == 1 else torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    longest = max(span.context for span in spans)
-    keys, values = (query.new_empty(longest, kv_heads, dim) for _ in range(2))
+    room = max(own_end(span) for span in spans)
+    keys, values = (query.new_empty(room, kv_heads, dim) for _ in range(2))
     laid: dict[str, Any] = {"row": None, "key_role": None, "value_role": None, "context": 0}
     for span in sorted(spans, key=lambda span: (span.row, span.role, -span.context)):
         grown = laid["row"] != span.row or laid["context"] < span.context
@@ -153,6 +159,9 @@ def expanded_attention(
         if new_keys or new_values:
             expand(cache, batch, readers, span, keys if new_keys else None, values if new_values else None)
             laid = {"row": span.row, "key_role": span.role, "value_role": span.role, "context": span.context}
+            for new, states in ((new_keys, keys), (new_values, values)):
+                if new:  # causality hides what lies behind, but NaN would pass
+                    states[span.context :] = 0
         found = _attend_span(query[span.start : span.end], keys, values, span, scale)
         if out is None:
             return found
@@ -161,21 +170,39 @@ def expanded_attention(
     return out
 
 
+def _up_to(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def before_own(span: Span) -> int:
+    """Tokens of context that a span's first attention reads, all of them before its own."""
+    return (span.context - (span.end - span.start)) // FAR * FAR
+
+
+def own_end(span: Span) -> int:
+    """Where the keys end that its second attention reads, causally: the rest of the context, filled up."""
+    return before_own(span) + _up_to(span.context - before_own(span), NEAR)
+
+
 def _attend_span(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scale: float
 ) -> torch.Tensor:
     """query: [n, Hq, D], the span's. Returns the same shape."""
-    fresh = span.end - span.start
-    cached = span.context - fresh
-    asked = query.transpose(0, 1).unsqueeze(0)  # [1, Hq, n, D]
-    own = slice(cached, span.context)
-    part, lse = _cudnn(asked, keys[own], values[own], True, scale)
-    if not cached:
+    fresh, before, end = span.end - span.start, before_own(span), own_end(span)
+    lag = span.context - fresh - before  # cached tokens in the second part: rows of its square that nobody asks for
+    own = slice(before, end)
+    if not before and not lag and end == fresh:
+        return _cudnn(query, keys[own], values[own], True, scale)[0]
+    asked = query.new_zeros(max(end - before, lag + _up_to(fresh, NEAR)), *query.shape[1:])
+    asked[lag : lag + fresh] = query
+    part, lse = _cudnn(asked[: end - before], keys[own], values[own], True, scale)
+    part = part[lag : lag + fresh]
+    if not before:
         return part
-    before, lse_before = _cudnn(asked, keys[:cached], values[:cached], False, scale)
+    far, far_lse = _cudnn(asked[lag : lag + _up_to(fresh, NEAR)], keys[:before], values[:before], False, scale)
     heads, dim = part.shape[1:]
     _join_kernel[(fresh,)](
-        part, part.stride(0), before, part, lse_before, lse, fresh,
+        part, part.stride(0), far, part, far_lse, lse[:, lag:], far_lse.stride(0), lse.stride(0),
         HEADS=heads, H=triton.next_power_of_2(heads), DIM=dim, D=padded(dim), num_warps=4,
     )  # fmt: skip
     return part
@@ -184,8 +211,8 @@ def _attend_span(
 def _cudnn(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """query: [1, Hq, n, D]; keys, values: [L, Hkv, D]. Returns [n, Hq, D] and the scores' logsumexp [Hq, n]."""
-    key, value = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))
+    """query: [n, Hq, D]; keys, values: [L, Hkv, D]. Returns [n, Hq, D] and the scores' logsumexp [Hq, n]."""
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, causal, False, scale=scale
     )

@@ -7,11 +7,13 @@ lengths; and plain torch, where there is no GPU or a rank is too large.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lragent.kernels.cached import (
+    MOST_DIMS,
     MOST_RANK,
     CachedBatch,
     LayerCache,
@@ -23,14 +25,17 @@ from lragent.kernels.cached import (
 from lragent.kernels.low_rank import role_up
 
 if TYPE_CHECKING:
-    from lragent.kernels.plan import Plan
+    from lragent.kernels.plan import Blocks, Plan
 
 Way = Literal["split", "prefill", "expanded", "torch"]
 """How attention is done."""
 
 # Rates on an H100 at Llama-3.1-8B's shapes, in FLOP/s and bytes/s, and seconds: what `choose_way` reckons with.
 KERNEL_RATE, KERNEL_RATE_LOW_KEYS, EXPANDED_RATE = 380e12, 90e12, 630e12
-EXPAND_RATE, EXPAND_LAUNCHES = 2.2e12, 40e-6
+EXPAND_RATE, EXPAND_LAUNCHES = 2.2e12, 100e-6
+
+LEAST_EXPANDED = 128
+"""Fewer new tokens of one sequence and role are no work for cuDNN."""
 
 BLOCKS_TO_FILL = 2
 """Blocks for each multiprocessor from which on long chunks need not be split over the context."""
@@ -40,26 +45,41 @@ def choose_way(
     query: torch.Tensor, cache: LayerCache, batch: CachedBatch, window: int | None, softcap: float | None
 ) -> Way:
     """The fastest way that takes these arguments."""
-    ranks = [low.shape[1] for low in (cache.low_v, cache.low_k) if low is not None]
-    if not query.is_cuda or max(ranks, default=0) > MOST_RANK:
+    if not query.is_cuda:
         return "torch"
     if batch.spans and window is None and softcap is None and _expanded_pays(query, cache, batch.spans):
         return "expanded"
     blocks = len(batch.roles) * query.shape[1] / 128
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    return "split" if blocks < BLOCKS_TO_FILL * processors else "prefill"
+    way: Way = "split" if blocks < BLOCKS_TO_FILL * processors else "prefill"
+    return way if _sizes(query, cache, batch, way) is not None else "torch"
+
+
+def _sizes(query: torch.Tensor, cache: LayerCache, batch: CachedBatch, way: Way) -> Blocks | None:
+    """What a kernel is compiled for; None where it cannot take the shapes, or does not fit on the GPU."""
+    from lragent.kernels.sizes import Device, Shape, prefill_blocks, split_blocks
+
+    heads, dim = query.shape[1:]
+    rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
+    if dim % 8 or dim > MOST_DIMS or max(rank_v, rank_k) > MOST_RANK:
+        return None
+    shape = Shape(batch.most_new * (heads // cache.key.shape[0]), dim, rank_v, rank_k, query.element_size())
+    return (split_blocks if way == "split" else prefill_blocks)(shape, Device.of(query.device))
 
 
 def _expanded_pays(query: torch.Tensor, cache: LayerCache, spans: tuple[Span, ...]) -> bool:
-    from lragent.kernels.expanded import CUDNN_DIMS
+    from lragent.kernels.expanded import CUDNN_DIMS, before_own, own_end
 
     heads, dim = query.shape[1:]
-    if dim not in CUDNN_DIMS or query.dtype is torch.float32:
+    if dim not in CUDNN_DIMS or query.dtype is torch.float32 or min(s.end - s.start for s in spans) < LEAST_EXPANDED:
+        return False
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
     work = sum(4 * (s.end - s.start) * (s.context - (s.end - s.start) / 2) * heads * dim for s in spans)
+    padded = sum(2 * (own_end(s) - before_own(s)) ** 2 + 4 * (s.end - s.start) * before_own(s) for s in spans)
     laid_out = {(s.row, s.role): s.context for s in spans}
     moved = sum(laid_out.values()) * cache.key.shape[0] * dim * 4 * query.element_size()
-    expanded = work / EXPANDED_RATE + moved / EXPAND_RATE + EXPAND_LAUNCHES * len(spans)
+    expanded = padded * heads * dim / EXPANDED_RATE + moved / EXPAND_RATE + EXPAND_LAUNCHES * len(spans)
     return expanded < work / (KERNEL_RATE if cache.low_k is None else KERNEL_RATE_LOW_KEYS)
 
 
@@ -76,16 +96,22 @@ def make_plan(
         return None
     from lragent.kernels.launch import padded
     from lragent.kernels.plan import Plan
-    from lragent.kernels.sizes import Device, Shape, prefill_blocks, split_blocks
 
+    sizes = _sizes(query, cache, batch, way)
+    if sizes is None:
+        ranks = [low.shape[1] for low in (cache.low_v, cache.low_k) if low is not None]
+        raise ValueError(f"query: heads of {query.shape[2]} with ranks {ranks} are not for this way; use way='torch'.")
     heads, dim = query.shape[1:]
     kv_heads = cache.key.shape[0]
-    rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
-    shape = Shape(batch.most_new * (heads // kv_heads), dim, rank_v, rank_k, query.element_size())
-    sizes = (split_blocks if way == "split" else prefill_blocks)(shape, Device.of(query.device))
     plan = Plan.empty(sizes, batch, heads, kv_heads, padded(dim), query.dtype)
-    plan.make(batch, heads, kv_heads, window)
+    with _device_of(query):
+        plan.make(batch, heads, kv_heads, window)
     return plan
+
+
+def _device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments' is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def cached_attention(
@@ -124,14 +150,13 @@ def cached_attention(
         return cached_attention_reference(
             query, cache, batch, readers, scale=scale, window=window, softcap=softcap
         ).to(query.dtype)  # fmt: skip
-    if max(sizes["rv"] if cache.low_v is not None else 0, sizes["rk"] if cache.low_k is not None else 0) > MOST_RANK:
-        raise ValueError(f"cache.low_v: the kernels hold ranks up to {MOST_RANK}; use way='torch' for larger ones.")
     if way == "expanded":
         from lragent.kernels.expanded import expanded_attention
 
         if not batch.spans or window is not None or softcap is not None:
             raise ValueError("way: 'expanded' needs batch.spans, and neither window nor softcap.")
-        return expanded_attention(query, cache, batch, readers, batch.spans, scale)
+        with _device_of(query):
+            return expanded_attention(query, cache, batch, readers, batch.spans, scale)
     from lragent.kernels.launch import kernel_arguments
     from lragent.kernels.prefill import launch_prefill
     from lragent.kernels.split import launch_split
@@ -140,7 +165,8 @@ def cached_attention(
     assert plan is not None
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     arguments = kernel_arguments(query, cache, batch, readers, scale, window, softcap)
-    (launch_split if plan.sizes.programs else launch_prefill)(arguments, plan, out)
+    with _device_of(query):
+        (launch_split if plan.sizes.programs else launch_prefill)(arguments, plan, out)
     return out
 
 
@@ -165,10 +191,11 @@ def write_cache(
     """
     from lragent.kernels.rotary_write import rotary_write, rotary_write_torch
 
-    (rotary_write if query.is_cuda else rotary_write_torch)(
-        query, key, value, low_v, low_k, rope, positions, base_slots, low_slots,
-        cache.key, cache.value, cache.low_v, cache.low_k, rotate_key=rotate_key,
-    )  # fmt: skip
+    with _device_of(query):
+        (rotary_write if query.is_cuda else rotary_write_torch)(
+            query, key, value, low_v, low_k, rope, positions, base_slots, low_slots,
+            cache.key, cache.value, cache.low_v, cache.low_k, rotate_key=rotate_key,
+        )  # fmt: skip
 
 
 def add_role_up(
@@ -183,4 +210,5 @@ def add_role_up(
         return out + role_up(low, up, roles)
     from lragent.kernels.grouped_up import grouped_up_
 
-    return grouped_up_(out, low, up, roles, order)
+    with _device_of(out):
+        return grouped_up_(out, low, up, roles, order)

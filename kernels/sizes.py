@@ -51,7 +51,7 @@ class Shape:
         return (tiles + blocks.block_m * dim * 2 + low * dim) * self.itemsize + 4096
 
 
-def split_blocks(shape: Shape, device: Device) -> Blocks:
+def split_blocks(shape: Shape, device: Device) -> Blocks | None:
     """For few new tokens: the least rows that hold them, since the tile of keys costs the same for all."""
     both = 2 * device.processors
     if shape.rank_k:
@@ -67,14 +67,17 @@ def split_blocks(shape: Shape, device: Device) -> Blocks:
     return _fit(wanted, shape, device)
 
 
-def prefill_blocks(shape: Shape, device: Device) -> Blocks:
+def prefill_blocks(shape: Shape, device: Device) -> Blocks | None:
     """For long chunks."""
     wanted = Blocks(128, 32, 8, 3) if shape.rank_k else Blocks(128, 64, 8, 5)
     return _fit(wanted, shape, device)
 
 
-def _fit(blocks: Blocks, shape: Shape, device: Device) -> Blocks:
-    """Fewer stages, then smaller tiles, then fewer rows, until a program's share of shared memory is enough."""
+def _fit(blocks: Blocks, shape: Shape, device: Device) -> Blocks | None:
+    """Fewer stages, then smaller tiles, then fewer rows, until a program's share of shared memory is enough.
+
+    None where nothing is small enough.
+    """
     at_once = 2 if blocks.programs > device.processors else 1
     limit = min(device.shared_program, device.shared_processor // at_once - 1024)
     while shape.shared(blocks) > limit:
@@ -89,7 +92,5 @@ def _fit(blocks: Blocks, shape: Shape, device: Device) -> Blocks:
         elif blocks.block_n > 16:
             blocks = replace(blocks, block_n=16)
         else:
-            raise ValueError(
-                f"query: a head dimension of {shape.dim} with rank {shape.rank_v} does not fit on this GPU."
-            )
+            return None
     return blocks

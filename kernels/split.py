@@ -162,7 +162,7 @@ def _merge(one, other):
 def launch_split(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> None:
     """Attention of the programs' runs, and the reduction. arguments: as from `kernels.launch.kernel_arguments`."""
     sizes = plan.sizes
-    early = out.is_cuda and torch.cuda.get_device_capability(out.device) >= (9, 0)
+    early = out.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(out.device) >= (9, 0)
     _split_kernel[(sizes.programs,)](
         p_out=out,
         out_stride=out.stride(0),

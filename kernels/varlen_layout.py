@@ -41,6 +41,10 @@ class Blocks:
     grad_keys: Tile
     grad_queries: Tile
 
+    def __post_init__(self) -> None:
+        if self.grad_keys.queries > self.grad_keys.keys:  # its rounds would run past the padding of a trajectory
+            raise ValueError(f"blocks: grad_keys may have at most as many queries as keys, not {self.grad_keys}.")
+
     @classmethod
     def of(cls, dim: int, rank: int, dtype: torch.dtype, roomy: bool = True) -> Blocks:
         """For heads of `dim` and an LR cache of `rank`, 0 = none; roomy: programs may have an H100's shared memory.

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from lragent.errors import LRAgentError
 from lragent.kernels.attention import lora_attention
+from lragent.kernels.cached import MOST_DIMS, MOST_RANK
 from lragent.kernels.low_rank import role_up
 from lragent.kernels.packed import PackedLayout, packed_attention
 from lragent.kernels.varlen_layout import VarlenLayout
@@ -162,13 +163,15 @@ class PackedPass:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Every trajectory alone: by the Triton kernel on a GPU, by dense products elsewhere."""
+        """Every trajectory alone: by the Triton kernel on a GPU where it takes the shapes, else by dense products."""
         roles = self.route.roles
         options: dict[str, Any] = {"scale": scale, "window": window}
-        if query.is_cuda:
+        if query.is_cuda and query.shape[2] <= MOST_DIMS and (low is None or low.shape[1] <= MOST_RANK):
             from lragent.kernels.varlen import varlen_lora_attention  # needs Triton, which a CPU's torch may lack
 
             varlen = self._varlen_layout
+            # Under autocast values come in its dtype, while rotary embedding has made the others float32.
+            query, key = query.to(value.dtype), key.to(value.dtype)
             return varlen_lora_attention(query, key, value, low, up, roles, varlen, softcap=softcap, **options)
         if softcap is None:
             return packed_attention(query, key, value, low, up, roles, self._packed_layout, **options)

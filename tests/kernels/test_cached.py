@@ -193,7 +193,7 @@ def test_large_ranks_are_read_by_torch(device: str) -> None:
     assert choose_way(made.query, made.cache, made.batch, None, None) == "torch"
     expected = cached_attention_reference(*made.arguments, scale=0.25)
     assert_close(cached_attention(*made.arguments, scale=0.25), expected, torch.float32)
-    with pytest.raises(ValueError, match="ranks up to 128"):
+    with pytest.raises(ValueError, match=r"ranks \[130\] are not for this way"):
         cached_attention(*made.arguments, scale=0.25, way="split")
 
 
@@ -309,6 +309,50 @@ def test_long_chunks_laid_out(name: str, dtype: torch.dtype) -> None:
     expected = cached_attention_reference(*made.arguments, **case.options)
     got = cached_attention(made.query, made.cache, batch, made.readers, **case.options, way="expanded")
     assert_close(got, expected, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("new", "context"), [(300, 5000), (257, 2305), (128, 4096), (2048, 4096), (2049, 2049)], ids=str
+)
+@pytest.mark.parametrize("rank_k", [0, 8], ids=["values", "low_keys"])
+def test_long_chunks_after_a_long_context(new: int, context: int, rank_k: int) -> None:
+    """Before, at and behind where the context is cut in two, and with two roles."""
+    case = Case(
+        new=(new,), context=(context,), kv_heads=2, group=2, dim=128, rank_v=8, rank_k=rank_k, roles=2, mixed=False
+    )
+    made = make_cached(case, torch.bfloat16, "cuda")
+    made.batch.roles[: new // 2] = 1
+    made.batch.roles[new // 2 :] = 2
+    expected = cached_attention_reference(*made.arguments, **case.options)
+    batch = with_spans(made.batch)
+    got = cached_attention(made.query, made.cache, batch, made.readers, **case.options, way="expanded")
+    assert_close(got, expected, torch.bfloat16)
+
+
+LLAMA = {"kv_heads": 8, "group": 4, "dim": 128, "rank_v": 8, "mixed": False}
+WAYS = [
+    (Case(new=(1,), context=(5000,), **LLAMA), torch.bfloat16, "split"),
+    (Case(new=(64,), context=(9000,), **LLAMA), torch.bfloat16, "split"),
+    (Case(new=(2000,), context=(2000,), **LLAMA), torch.bfloat16, "prefill"),
+    (Case(new=(8192,), context=(9000,), **LLAMA), torch.bfloat16, "expanded"),
+    (Case(new=(8192,), context=(9000,), **LLAMA), torch.float32, "prefill"),
+    (Case(new=(8192,), context=(9000,), **LLAMA, window=100), torch.bfloat16, "prefill"),
+    (Case(new=(8192, 1), context=(9000, 50), **LLAMA), torch.bfloat16, "prefill"),
+    (Case(dim=20, mixed=False), torch.bfloat16, "torch"),
+    (Case(dim=264, mixed=False), torch.bfloat16, "torch"),
+    (Case(rank_v=130, mixed=False), torch.bfloat16, "torch"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "dtype", "way"), WAYS, ids=[f"{i}_{way}" for i, (_, _, way) in enumerate(WAYS)])
+def test_the_way_that_is_chosen(case: Case, dtype: torch.dtype, way: str) -> None:
+    made = make_cached(case, dtype, "cuda")
+    assert choose_way(made.query, made.cache, with_spans(made.batch), case.window, case.softcap) == way
+    if way == "torch":
+        expected = cached_attention_reference(*made.arguments, **case.options)
+        assert_close(cached_attention(*made.arguments, **case.options), expected, dtype)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from lragent.kernels.varlen import varlen_attention, varlen_lora_attention
 from lragent.kernels.varlen_layout import ALIGNED, Blocks, Tile, VarlenLayout
 
 N_ROLES = 2
-SMALL = Blocks(Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))
+SMALL = Blocks(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
 """So that a few dozen tokens make several tiles; of queries and of keys once the one side is longer, once the other."""
 
 
