@@ -13,12 +13,6 @@ import torch
 
 from lragent.kernels.checks import FLOATS, Arguments, check_rank
 
-MOST_RANK = 128
-"""The largest rank that the kernels hold on chip; larger ones (stacked packs) are read through torch."""
-
-MOST_DIMS = 256
-"""The largest head that the kernels take; its dimensions must be a multiple of 8."""
-
 LEAST_ANGLES = 64
 """Rows that tables of angles must have: keys are rotated by their offset in a tile, whatever the context's length."""
 

@@ -9,6 +9,15 @@ import torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that the kernels compute in."""
 
+MOST_DIMS = 256
+"""The largest head that attention's kernels take; those of serving, in multiples of 8."""
+
+MOST_RANK = 128
+"""The largest rank that attention's kernels hold on chip; larger ones (stacked packs) are read through torch."""
+
+MOST_RANK_COPIED = 4096
+"""The largest rank that kernels take which read low-rank activations piece by piece, or only copy them."""
+
 
 class Arguments:
     """Checks the tensors of one call against each other: letters in a shape stand for sizes that must agree."""

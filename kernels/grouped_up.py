@@ -21,10 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lragent.kernels.checks import FLOATS, Arguments, check_rank
-
-MOST_RANK = 4096
-"""Larger ranks are no use as low ranks."""
+from lragent.kernels.checks import FLOATS, MOST_RANK_COPIED, Arguments, check_rank
 
 
 def each_alone(tokens: int, n_roles: int) -> bool:
@@ -89,7 +86,7 @@ def _check(
     arguments = Arguments(out.device)
     arguments.tensor("out", out, "T d_out", FLOATS)
     arguments.tensor("low", low, "T r", FLOATS)
-    check_rank("low", arguments["r"], MOST_RANK)
+    check_rank("low", arguments["r"], MOST_RANK_COPIED)
     arguments.tensor("up", up, "n_roles r d_out", low.dtype)
     arguments.tensor("roles", roles, "T", torch.int32)
     if order is not None:

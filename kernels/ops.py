@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lragent.kernels.cached import (
-    MOST_DIMS,
-    MOST_RANK,
     CachedBatch,
     LayerCache,
     Readers,
@@ -22,10 +20,11 @@ from lragent.kernels.cached import (
     cached_attention_reference,
     check_cached,
 )
+from lragent.kernels.checks import MOST_DIMS, MOST_RANK
 from lragent.kernels.low_rank import role_up
 
 if TYPE_CHECKING:
-    from lragent.kernels.plan import Blocks, Plan
+    from lragent.kernels.plan import Plan, Sizes
 
 Way = Literal["split", "prefill", "expanded", "torch"]
 """How attention is done."""
@@ -52,19 +51,19 @@ def choose_way(
     blocks = len(batch.roles) * query.shape[1] / 128
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     way: Way = "split" if blocks < BLOCKS_TO_FILL * processors else "prefill"
-    return way if _sizes(query, cache, batch, way) is not None else "torch"
+    return way if _kernel_sizes(query, cache, batch, way) is not None else "torch"
 
 
-def _sizes(query: torch.Tensor, cache: LayerCache, batch: CachedBatch, way: Way) -> Blocks | None:
+def _kernel_sizes(query: torch.Tensor, cache: LayerCache, batch: CachedBatch, way: Way) -> Sizes | None:
     """What a kernel is compiled for; None where it cannot take the shapes, or does not fit on the GPU."""
-    from lragent.kernels.sizes import Device, Shape, prefill_blocks, split_blocks
+    from lragent.kernels.sizes import Device, Shape, prefill_sizes, split_sizes
 
     heads, dim = query.shape[1:]
     rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
     if dim % 8 or dim > MOST_DIMS or max(rank_v, rank_k) > MOST_RANK:
         return None
     shape = Shape(batch.most_new * (heads // cache.key.shape[0]), dim, rank_v, rank_k, query.element_size())
-    return (split_blocks if way == "split" else prefill_blocks)(shape, Device.of(query.device))
+    return (split_sizes if way == "split" else prefill_sizes)(shape, Device.of(query.device))
 
 
 def _expanded_pays(query: torch.Tensor, cache: LayerCache, spans: tuple[Span, ...]) -> bool:
@@ -76,10 +75,10 @@ def _expanded_pays(query: torch.Tensor, cache: LayerCache, spans: tuple[Span, ..
     if torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
     work = sum(4 * (s.end - s.start) * (s.context - (s.end - s.start) / 2) * heads * dim for s in spans)
-    padded = sum(2 * (own_end(s) - before_own(s)) ** 2 + 4 * (s.end - s.start) * before_own(s) for s in spans)
+    filled = sum(2 * (own_end(s) - before_own(s)) ** 2 + 4 * (s.end - s.start) * before_own(s) for s in spans)
     laid_out = {(s.row, s.role): s.context for s in spans}
     moved = sum(laid_out.values()) * cache.key.shape[0] * dim * 4 * query.element_size()
-    expanded = padded * heads * dim / EXPANDED_RATE + moved / EXPAND_RATE + EXPAND_LAUNCHES * len(spans)
+    expanded = filled * heads * dim / EXPANDED_RATE + moved / EXPAND_RATE + EXPAND_LAUNCHES * len(spans)
     return expanded < work / (KERNEL_RATE if cache.low_k is None else KERNEL_RATE_LOW_KEYS)
 
 
@@ -97,7 +96,7 @@ def make_plan(
     from lragent.kernels.launch import padded
     from lragent.kernels.plan import Plan
 
-    sizes = _sizes(query, cache, batch, way)
+    sizes = _kernel_sizes(query, cache, batch, way)
     if sizes is None:
         ranks = [low.shape[1] for low in (cache.low_v, cache.low_k) if low is not None]
         raise ValueError(f"query: heads of {query.shape[2]} with ranks {ranks} are not for this way; use way='torch'.")
@@ -142,10 +141,10 @@ def cached_attention(
         raise ValueError(f"softcap: must be positive, not {softcap}.")
     if not sizes["T"] or not sizes["S"]:
         return torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if way is None:
+    if way is None and plan is not None:
+        way = "split" if plan.sizes.programs else "prefill"
+    elif way is None:
         way = choose_way(query, cache, batch, window, softcap)
-        if plan is not None:
-            way = "split" if plan.sizes.programs else "prefill"
     if way == "torch":
         return cached_attention_reference(
             query, cache, batch, readers, scale=scale, window=window, softcap=softcap

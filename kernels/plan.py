@@ -27,7 +27,7 @@ cache."""
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Sizes:
     """Sizes that a kernel is compiled for.
 
     programs: 0 where every block has programs of its own. one_loop: whether the split kernel masks every tile, rather
@@ -54,7 +54,7 @@ class Plan:
     softmax's sum.
     """
 
-    sizes: Blocks
+    sizes: Sizes
     blocks: torch.Tensor
     runs: torch.Tensor
     totals: torch.Tensor
@@ -62,7 +62,7 @@ class Plan:
     part_lse: torch.Tensor
 
     @classmethod
-    def empty(cls, sizes: Blocks, batch: CachedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Plan:
+    def empty(cls, sizes: Sizes, batch: CachedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Plan:
         """Room for every batch of as many tokens and sequences; `make` fills it. dim: padded, as on chip; dtype: the
         query's."""
         sequences, tokens, device = len(batch.context), len(batch.roles), batch.context.device

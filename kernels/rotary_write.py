@@ -24,13 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lragent.kernels.checks import FLOATS, Arguments, check_rank
+from lragent.kernels.checks import FLOATS, MOST_RANK_COPIED, Arguments, check_rank
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, [positions, D] each."""
-
-MOST_RANK = 4096
-"""Of LR activations: a program copies a token's row in one piece."""
 
 FEW_TOKENS = 256
 """Up to this many tokens a program takes few heads, so that even one token keeps several processors busy."""
@@ -203,7 +200,7 @@ def _check(
             if low_slots is None:
                 raise ValueError(f"low_slots: must be given where {name} is.")
             arguments.tensor(name, low, f"T {rank}", FLOATS)
-            check_rank(name, low.shape[1], MOST_RANK)
+            check_rank(name, low.shape[1], MOST_RANK_COPIED)
             arguments.tensor(f"{name}_pool", pool, f"lowslots {rank}", FLOATS)
 
 

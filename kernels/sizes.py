@@ -12,7 +12,7 @@ import torch
 import triton
 
 from lragent.kernels.launch import padded
-from lragent.kernels.plan import Blocks
+from lragent.kernels.plan import Sizes
 
 
 @dataclass(frozen=True)
@@ -43,54 +43,54 @@ class Shape:
     rank_k: int
     itemsize: int
 
-    def shared(self, blocks: Blocks) -> int:
+    def shared(self, sizes: Sizes) -> int:
         """About how many bytes of shared memory a program takes (read off compiled kernels)."""
         dim, low = padded(self.dim), padded(self.rank_v) + (padded(self.rank_k) if self.rank_k else 0)
-        buffers = max((blocks.stages - 1) // 2, 1) + (blocks.block_m >= 64)
-        tiles = buffers * blocks.block_n * (2 * dim + low)
-        return (tiles + blocks.block_m * dim * 2 + low * dim) * self.itemsize + 4096
+        buffers = max((sizes.stages - 1) // 2, 1) + (sizes.block_m >= 64)
+        tiles = buffers * sizes.block_n * (2 * dim + low)
+        return (tiles + sizes.block_m * dim * 2 + low * dim) * self.itemsize + 4096
 
 
-def split_blocks(shape: Shape, device: Device) -> Blocks | None:
+def split_sizes(shape: Shape, device: Device) -> Sizes | None:
     """For few new tokens: the least rows that hold them, since the tile of keys costs the same for all."""
     both = 2 * device.processors
     if shape.rank_k:
-        wanted = Blocks(min(max(16, triton.next_power_of_2(shape.rows)), 64), 32, 4, 5, both)
+        wanted = Sizes(min(max(16, triton.next_power_of_2(shape.rows)), 64), 32, 4, 5, both)
     elif shape.rows <= 16:
-        wanted = Blocks(16, 128, 4, 3, both)
+        wanted = Sizes(16, 128, 4, 3, both)
     elif shape.rows <= 32:
-        wanted = Blocks(32, 64, 4, 5, both)
+        wanted = Sizes(32, 64, 4, 5, both)
     elif shape.rows <= 64:
-        wanted = Blocks(64, 64, 4, 3, both)
+        wanted = Sizes(64, 64, 4, 3, both)
     else:
-        wanted = Blocks(128, 64, 8, 5, device.processors, one_loop=False)
+        wanted = Sizes(128, 64, 8, 5, device.processors, one_loop=False)
     return _fit(wanted, shape, device)
 
 
-def prefill_blocks(shape: Shape, device: Device) -> Blocks | None:
+def prefill_sizes(shape: Shape, device: Device) -> Sizes | None:
     """For long chunks."""
-    wanted = Blocks(128, 32, 8, 3) if shape.rank_k else Blocks(128, 64, 8, 5)
+    wanted = Sizes(128, 32, 8, 3) if shape.rank_k else Sizes(128, 64, 8, 5)
     return _fit(wanted, shape, device)
 
 
-def _fit(blocks: Blocks, shape: Shape, device: Device) -> Blocks | None:
+def _fit(sizes: Sizes, shape: Shape, device: Device) -> Sizes | None:
     """Fewer stages, then smaller tiles, then fewer rows, until a program's share of shared memory is enough.
 
     None where nothing is small enough.
     """
-    at_once = 2 if blocks.programs > device.processors else 1
+    at_once = 2 if sizes.programs > device.processors else 1
     limit = min(device.shared_program, device.shared_processor // at_once - 1024)
-    while shape.shared(blocks) > limit:
-        if blocks.stages > 3:
-            blocks = replace(blocks, stages=blocks.stages - 2)
-        elif blocks.block_n > 32:
-            blocks = replace(blocks, block_n=blocks.block_n // 2)
+    while shape.shared(sizes) > limit:
+        if sizes.stages > 3:
+            sizes = replace(sizes, stages=sizes.stages - 2)
+        elif sizes.block_n > 32:
+            sizes = replace(sizes, block_n=sizes.block_n // 2)
         elif limit < device.shared_program:
             limit = device.shared_program  # one program at a time, then
-        elif blocks.block_m > 16:
-            blocks = replace(blocks, block_m=blocks.block_m // 2, warps=4)
-        elif blocks.block_n > 16:
-            blocks = replace(blocks, block_n=16)
+        elif sizes.block_m > 16:
+            sizes = replace(sizes, block_m=sizes.block_m // 2, warps=4)
+        elif sizes.block_n > 16:
+            sizes = replace(sizes, block_n=16)
         else:
             return None
-    return blocks
+    return sizes

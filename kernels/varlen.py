@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lragent.kernels.checks import FLOATS, Arguments, check_rank
+from lragent.kernels.checks import FLOATS, MOST_DIMS, MOST_RANK, Arguments, check_rank
 from lragent.kernels.low_rank import role_up_heads
+from lragent.kernels.sizes import Device
 from lragent.kernels.varlen_backward import run_backward
 from lragent.kernels.varlen_forward import run_forward
 from lragent.kernels.varlen_layout import Blocks, VarlenLayout
-
-MOST_DIMS, MOST_RANK = 256, 128
 
 
 def varlen_attention(
@@ -59,7 +58,8 @@ def varlen_attention(
         if number is not None and number <= 0:
             raise ValueError(f"{name}: must be greater than 0, not {number}.")
     if blocks is None:
-        blocks = Blocks.of(args["D"], 0 if low is None else args["r"], query.dtype, _roomy(query.device))
+        roomy = Device.of(query.device).shared_program >= 227 << 10  # bytes, as on an H100
+        blocks = Blocks.of(args["D"], 0 if low is None else args["r"], query.dtype, roomy)
     out: tuple[torch.Tensor, torch.Tensor | None] = _VarlenAttention.apply(
         query, key, value, low, layout, blocks, float(scale), window, None if softcap is None else float(softcap)
     )
@@ -98,14 +98,6 @@ def varlen_lora_attention(
     low_out = low_out.transpose(0, 1).reshape(kv_heads, heads // kv_heads, tokens, -1)
     added = role_up_heads(low_out.to(up.dtype), up, roles).reshape(heads, tokens, dim).transpose(0, 1)
     return out + added.to(out.dtype)
-
-
-def _roomy(device: torch.device) -> bool:
-    """Whether programs may have as much shared memory as on an H100, 227 KiB."""
-    if device.type != "cuda":
-        return True
-    facts: Any = torch.cuda.get_device_properties(device)  # torch's own types lack the field
-    return bool(facts.shared_memory_per_block_optin >= 227 << 10)
 
 
 class _VarlenAttention(torch.autograd.Function):

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from lragent.errors import LRAgentError
 from lragent.kernels.attention import lora_attention
-from lragent.kernels.cached import MOST_DIMS, MOST_RANK
+from lragent.kernels.checks import MOST_DIMS, MOST_RANK
 from lragent.kernels.low_rank import role_up
 from lragent.kernels.packed import PackedLayout, packed_attention
 from lragent.kernels.varlen_layout import VarlenLayout

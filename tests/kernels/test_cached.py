@@ -15,7 +15,7 @@ from tolerances import assert_close
 from lragent.kernels.cached import CachedBatch, cached_attention_reference
 from lragent.kernels.launch import kernel_arguments, padded
 from lragent.kernels.ops import cached_attention, choose_way, make_plan
-from lragent.kernels.plan import Blocks, Plan
+from lragent.kernels.plan import Plan, Sizes
 from lragent.kernels.prefill import launch_prefill
 from lragent.kernels.split import launch_split
 
@@ -46,44 +46,44 @@ CASES = {
     "low_keys_window": Case(rank_k=4, window=6, group=3, dim=24),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-BLOCKS = {
-    "split": Blocks(16, 16, 4, 2, programs=7),
-    "split_two_loops": Blocks(16, 16, 4, 2, programs=5, one_loop=False),
-    "prefill": Blocks(16, 16, 4, 2),
+SIZES = {
+    "split": Sizes(16, 16, 4, 2, programs=7),
+    "split_two_loops": Sizes(16, 16, 4, 2, programs=5, one_loop=False),
+    "prefill": Sizes(16, 16, 4, 2),
 }
-each_kernel = pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+each_kernel = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
-def run(made: Cached, case: Case, blocks: Blocks) -> torch.Tensor:
+def run(made: Cached, case: Case, sizes: Sizes) -> torch.Tensor:
     """One kernel with these sizes, its output and scratch poisoned."""
     heads, kv_heads = made.query.shape[1], made.cache.key.shape[0]
-    plan = Plan.empty(blocks, made.batch, heads, kv_heads, padded(case.dim), made.query.dtype)
+    plan = Plan.empty(sizes, made.batch, heads, kv_heads, padded(case.dim), made.query.dtype)
     plan.part_out.fill_(NAN)
     plan.part_lse.fill_(NAN)
     plan.make(made.batch, heads, kv_heads, case.window)
     out = torch.full_like(made.query, NAN)
     arguments = kernel_arguments(*made.arguments, case.scale, case.window, case.softcap)
-    (launch_split if blocks.programs else launch_prefill)(arguments, plan, out)
+    (launch_split if sizes.programs else launch_prefill)(arguments, plan, out)
     return out
 
 
 @each_kernel
 @each_case
-def test_float32(case: Case, blocks: Blocks, device: str) -> None:
+def test_float32(case: Case, sizes: Sizes, device: str) -> None:
     made = make_cached(case, torch.float32, device)
     expected = cached_attention_reference(*made.arguments, **case.options)
-    assert_close(run(made, case, blocks), expected, torch.float32)
+    assert_close(run(made, case, sizes), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_kernel
 @pytest.mark.parametrize("name", ["append", "low_keys", "low_keys_normalised", "many_roles"])
-def test_half_precision(name: str, blocks: Blocks, dtype: torch.dtype, device: str) -> None:
+def test_half_precision(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     made = make_cached(CASES[name], dtype, device)
     expected = cached_attention_reference(*made.arguments, **CASES[name].options)
-    assert_close(run(made, CASES[name], blocks), expected, dtype)
+    assert_close(run(made, CASES[name], sizes), expected, dtype)
 
 
 @given(
@@ -105,7 +105,7 @@ def test_a_plan_gives_every_unit_to_one_program(
     roles = torch.zeros(sum(new), dtype=torch.int32)
     tensors = (t.to(device) for t in (starts, contexts.int(), rows, table, table, roles))
     batch = CachedBatch(*tensors, most_new=max(max(new), 1))
-    plan = Plan.empty(Blocks(bm, bn, 4, 2, programs), batch, kv_heads * group, kv_heads, 16, torch.float32)
+    plan = Plan.empty(Sizes(bm, bn, 4, 2, programs), batch, kv_heads * group, kv_heads, 16, torch.float32)
     plan.runs.fill_(-9)
     plan.make(batch, kv_heads * group, kv_heads, window)
 
@@ -138,7 +138,7 @@ def test_programs_do_not_matter(programs: int, device: str) -> None:
     case = Case(new=(1, 7, 2), context=(90, 60, 5), seed=3)
     made = make_cached(case, torch.float32, device)
     expected = cached_attention_reference(*made.arguments, **case.options)
-    assert_close(run(made, case, Blocks(16, 16, 4, 2, programs)), expected, torch.float32)
+    assert_close(run(made, case, Sizes(16, 16, 4, 2, programs)), expected, torch.float32)
 
 
 @each_case
