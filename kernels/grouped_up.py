@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from lragent.kernels.checks import FLOATS, MOST_RANK_COPIED, Arguments, check_rank
+from lragent.kernels.launch import starts_early
 
 
 def each_alone(tokens: int, n_roles: int) -> bool:
@@ -117,11 +118,13 @@ def _launch(
     assert up.shape[1:] == (rank, d_out)
     assert roles.is_contiguous()
     assert order is None or order.is_contiguous()
+    early = starts_early(out.device)
     if each_alone(tokens, up.shape[0]):
         block_d = 128
         _each_alone_kernel[(tokens, triton.cdiv(d_out, block_d))](
             out, low, up, roles, out.stride(0), low.stride(0), up.stride(0), up.stride(1), d_out,
-            RANK=rank, BLOCK_R=min(triton.next_power_of_2(rank), 32), BLOCK_D=block_d, num_warps=4,
+            RANK=rank, BLOCK_R=min(triton.next_power_of_2(rank), 32), BLOCK_D=block_d, EARLY=early, num_warps=4,
+            launch_pdl=early,
         )  # fmt: skip
         return
     blocks = _blocks(tokens, rank, d_out, low.dtype)
@@ -130,16 +133,19 @@ def _launch(
     out_unit, low_unit = math.gcd(out.stride(0), 8), math.gcd(low.stride(0), 8)
     _by_roles_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]), triton.cdiv(d_out, blocks["BLOCK_D"]))](
         out, low, up, roles, order, out.stride(0) // out_unit, low.stride(0) // low_unit, up.stride(0), up.stride(1),
-        tokens, d_out, RANK=rank, OUT_UNIT=out_unit, LOW_UNIT=low_unit, **blocks,
+        tokens, d_out, RANK=rank, OUT_UNIT=out_unit, LOW_UNIT=low_unit, EARLY=early, launch_pdl=early, **blocks,
     )  # fmt: skip
 
 
 @triton.jit
 def _each_alone_kernel(  # type: ignore[no-untyped-def]  # Triton takes the types of parameters from each launch
     p_out, p_low, p_up, p_roles, s_out, s_low, s_up_role, s_up_r, d_out,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one token and BLOCK_D columns. `s_` is a stride."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < d_out
@@ -163,13 +169,16 @@ def _each_alone_kernel(  # type: ignore[no-untyped-def]  # Triton takes the type
 def _by_roles_kernel(  # type: ignore[no-untyped-def]  # as above
     p_out, p_low, p_up, p_roles, p_order, s_out, s_low, s_up_role, s_up_r, tokens, d_out,
     RANK: tl.constexpr, OUT_UNIT: tl.constexpr, LOW_UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T tokens and BLOCK_D columns, and a product for each role that these tokens have.
 
     A product's rows of other roles are zeros, so that all products add up to the tokens' own. `s_out` and `s_low` count
     in units of OUT_UNIT and LOW_UNIT.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     NONE: tl.constexpr = 2147483647
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BD]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ LOG2_E = 1.4426950408889634
 def padded(size: int) -> int:
     """The power of two, at least 16, that a dimension of `size` takes on chip."""
     return max(16, triton.next_power_of_2(size))
+
+
+@lru_cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it ends (programmatic dependent launch, from Hopper on).
+
+    Such a kernel must wait in every program before it touches anything that kernels before it read or wrote, whether
+    it has work or not: whoever comes next relies on it.
+    """
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def kernel_arguments(

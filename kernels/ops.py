@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from lragent.kernels.cached import (
     CachedBatch,
@@ -197,16 +198,69 @@ def write_cache(
         )  # fmt: skip
 
 
+def project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer with what stands around it: RMSNorm before, SiLU gating or the residual stream after.
+
+    x: [T, d_in]; weight: [N, d_in]; bias: [N]; norm: its weight [d_in] and eps; gated: the first half of the outputs,
+    through SiLU, times the second half; residual: [T, d_out], which is added and may be
+    added to in place. Returns [T, N], or [T, N / 2] gated. Without gradients.
+    """
+    if x.is_cuda and x.dtype is not torch.float32:
+        from lragent.kernels.skinny_linear import MOST_TOKENS, MOST_TOKENS_GATED, skinny_linear
+
+        if 0 < len(x) <= (MOST_TOKENS_GATED if gated else MOST_TOKENS):
+            with _device_of(x):
+                return skinny_linear(x, weight, bias=bias, norm=norm, gated=gated, residual=residual)
+    if norm is not None:
+        x = normalise(x, *norm)
+    if residual is not None and bias is None and not gated:
+        return residual.addmm_(x, weight.T)
+    out = F.linear(x, weight, bias)
+    if gated:
+        out = gate(out, len(weight) // 2)
+    return out if residual is None else out + residual
+
+
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension. x: [T, D] or [T, H, D]; weight: [D]."""
+    if not x.is_cuda:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    from lragent.kernels.rms_norm import rms_norm
+
+    with _device_of(x):
+        return rms_norm(x, weight, eps)
+
+
+def gate(x: torch.Tensor, d: int) -> torch.Tensor:
+    """`silu(gate) * up`. x: [T, >= 2 * d], gate in the first d columns, up in the next. Returns [T, d]."""
+    if not x.is_cuda:
+        return F.silu(x[:, :d]) * x[:, d : 2 * d]
+    from lragent.kernels.silu_gate import silu_gate
+
+    with _device_of(x):
+        return silu_gate(x, d)
+
+
 def add_role_up(
     out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, roles: torch.Tensor, order: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`out + low B` of each token's role. On CUDA and without gradients `out` itself is added to.
+    """`out + low B` of each token's role. Without gradients `out` itself is added to.
 
     out: [T, d_out]; low: [T, r]; up: [n_roles, r, d_out]; roles: [T] int32, 0 = base; order: [T] int32 from
     `kernels.grouped_up.group_by_role`, which makes many roles faster. Raises ValueError naming the argument.
     """
-    if not out.is_cuda or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return out + role_up(low, up, roles)
+    if not out.is_cuda:
+        return out.add_(role_up(low, up, roles))
     from lragent.kernels.grouped_up import grouped_up_
 
     with _device_of(out):

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from lragent.kernels.checks import FLOATS, MOST_RANK_COPIED, Arguments, check_rank
+from lragent.kernels.launch import starts_early
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, [positions, D] each."""
@@ -241,6 +242,7 @@ def _launch(
     assert all(x.stride(-1) == 1 for x in (query, key, value, key_pool, value_pool))
     cos, sin = rope if rope is not None else (None, None)
     blocks = _blocks(tokens, heads, kv_heads, dim // 2)
+    early = starts_early(query.device)
     query_parts = triton.cdiv(heads, blocks["BLOCK_Q"]) if rope is not None else 0
     kv_parts = triton.cdiv(kv_heads, blocks["BLOCK_KV"])
     rank_v = 0 if low_v is None else low_v.shape[1]
@@ -265,7 +267,7 @@ def _launch(
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, RANK_V=rank_v, RANK_K=rank_k,
         ROTATE_KEY=rotate_key and rope is not None, QUERY_PARTS=query_parts, UNIT=unit,
         BLOCK_RV=triton.next_power_of_2(max(rank_v, 1)), BLOCK_RK=triton.next_power_of_2(max(rank_k, 1)),
-        **blocks,
+        EARLY=early, launch_pdl=early, **blocks,
     )  # fmt: skip
 
 
@@ -280,7 +282,7 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]  # Triton takes the ty
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, RANK_V: tl.constexpr, RANK_K: tl.constexpr,
     ROTATE_KEY: tl.constexpr, QUERY_PARTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_RV: tl.constexpr, BLOCK_RK: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one token, and BLOCK_Q query heads or BLOCK_KV key and value heads. `s_` is a stride; those of
     query, key and value count in units of UNIT.
@@ -289,6 +291,9 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]  # Triton takes the ty
     All is read before anything is waited for, so that one token takes about as long as its longest chain: position,
     angles, store.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     o_c = tl.arange(0, BLOCK_C)  # [BC], the first half's columns

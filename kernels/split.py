@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from lragent.kernels.block import attend_block, normalise_block, store_block
+from lragent.kernels.launch import starts_early
 from lragent.kernels.plan import BLOCK_FIELDS, RUN_FIELDS, Plan, load_block, run_of, run_start
 from lragent.kernels.tile import load_up
 
@@ -42,6 +43,7 @@ def _split_kernel(
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     p_run = p_runs + program * RUN_FIELDS
     left = tl.load(p_run)
@@ -103,9 +105,8 @@ def _add_up_kernel(
     BLOCK_FIELDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of one block and key head, where several programs had a part of it."""
-    if (
-        EARLY
-    ):  # Begun while the split kernel runs, to save a launch's latency. All wait: whoever comes next waits for us.
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     index, kv, row = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     start, fresh, _, _, first_row, low_tile, high_tile, before, _, _ = load_block(p_blocks + index * BLOCK_FIELDS)
@@ -162,7 +163,7 @@ def _merge(one, other):
 def launch_split(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> None:
     """Attention of the programs' runs, and the reduction. arguments: as from `kernels.launch.kernel_arguments`."""
     sizes = plan.sizes
-    early = out.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(out.device) >= (9, 0)
+    early = starts_early(out.device)
     _split_kernel[(sizes.programs,)](
         p_out=out,
         out_stride=out.stride(0),
@@ -180,6 +181,7 @@ def launch_split(arguments: dict[str, Any], plan: Plan, out: torch.Tensor) -> No
         EARLY=early,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
+        launch_pdl=early,
         **arguments,
     )
     kv_heads = arguments["kv_heads"]
