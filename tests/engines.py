@@ -17,6 +17,7 @@ from lragent.modes import SharingMode
 from lragent.serve.engine.build import build_engine
 from lragent.serve.engine.engine import Engine
 from lragent.serve.engine.kernel_pass import KernelAttention
+from lragent.serve.engine.sampler import Drawn
 from lragent.serve.engine.service import joined
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
 
@@ -78,6 +79,8 @@ class Recorder:
     logits: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
     count: int = 0
+    forced: dict[str, Iterator[int]] = field(default_factory=dict)
+    """By request: tokens that it is given in place of those drawn."""
 
     def __post_init__(self) -> None:
         run = self.engine._runner.run
@@ -90,6 +93,17 @@ class Recorder:
             return logits
 
         self.engine._runner.run = recorded  # type: ignore[method-assign]
+        draw = self.engine._sampler.draw
+
+        def forced(logits: torch.Tensor, rows: list[int], indices: list[int]) -> Drawn:
+            drawn = draw(logits, rows, indices)
+            names = {row: sequence.request.request_id for sequence, row in self.engine._rows.items()}
+            for at, row in enumerate(rows):
+                if names[row] in self.forced:
+                    drawn.tokens[at] = next(self.forced[names[row]])
+            return drawn
+
+        self.engine._sampler.draw = forced  # type: ignore[method-assign]
 
     def submit(
         self,
@@ -131,16 +145,6 @@ class Recorder:
     def last_logits(self) -> torch.Tensor:
         """[n, vocab]: logits of each token of the latest request."""
         return torch.stack(self.logits[f"request-{self.count}"])
-
-
-class Forced:
-    """Draws the tokens that it is given."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self.ids: Iterator[int] = iter(ids)
-
-    def next_token(self, logits: torch.Tensor) -> int:
-        return next(self.ids)
 
 
 def drive(

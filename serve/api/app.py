@@ -17,12 +17,18 @@ from lragent.serve.api.errors import ApiError, answer_error, answer_routing_erro
 from lragent.serve.api.generation import ClientGoneError
 from lragent.serve.api.models import models_router
 from lragent.serve.api.settings import ServeSettings
+from lragent.serve.engine.token_text import TokenText
 
 
 def create_app(service: Service, settings: ServeSettings) -> FastAPI:
     """Serve `service`, which the caller starts and stops."""
     app = FastAPI(title="LRAgent", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    context = Context(service, max_body_bytes=settings.max_body_bytes, created=int(time.time()))
+    context = Context(
+        service,
+        max_body_bytes=settings.max_body_bytes,
+        created=int(time.time()),
+        token_text=TokenText(service.tokenizer),
+    )
     for router in (models_router(context), chat_router(context), completions_router(context)):
         app.include_router(router)
 

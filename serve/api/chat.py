@@ -15,11 +15,12 @@ from starlette.responses import JSONResponse, Response
 from lragent.chat import BASE
 from lragent.serve.api.body import read_json
 from lragent.serve.api.context import Context
-from lragent.serve.api.generation import check_room, gather_answers, stream_chunks, until_gone, usage_body
+from lragent.serve.api.generation import Answer, check_room, gather_answers, stream_chunks, until_gone, usage_body
+from lragent.serve.api.logprobs import chat_logprobs
 from lragent.serve.api.models import resolve_role
 from lragent.serve.api.schema import ChatRequest, parse_request
 from lragent.serve.api.sse import DONE, EventStream, event
-from lragent.serve.engine.types import GenerationRequest
+from lragent.serve.engine.types import Chunk, GenerationRequest
 
 
 def chat_router(context: Context) -> APIRouter:
@@ -34,9 +35,10 @@ def chat_router(context: Context) -> APIRouter:
             return EventStream(_events(context, asked, generation))
         (answer,) = await until_gone(request.receive, gather_answers(context.service, [generation]))
         message = _message(generation.role) | {"content": answer.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason.value}
-        body = _head(asked, generation, "chat.completion") | {"choices": [choice], "usage": usage_body([answer.usage])}
-        return JSONResponse(body)
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason.value}
+        choice |= _details(context, asked, answer)
+        head = _head(asked, generation, "chat.completion") | _prompt_ids(asked, generation)
+        return JSONResponse(head | {"choices": [choice], "usage": usage_body([answer.usage])})
 
     return router
 
@@ -64,23 +66,35 @@ async def _events(context: Context, asked: ChatRequest, generation: GenerationRe
     if asked.include_usage:
         head["usage"] = None
 
-    def chunk_event(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
+    def chunk_event(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return event(head | {"choices": [choice]})
+        return event(head | {"choices": [choice | more]})
 
     opened = False
     async with aclosing(stream_chunks(context.service, generation)) as chunks:
         async for chunk in chunks:
             if not opened:
                 opened = True
-                yield chunk_event(_message(generation.role) | {"content": ""})
-            if chunk.text:
-                yield chunk_event({"content": chunk.text})
+                first = {"delta": _message(generation.role) | {"content": ""}, "logprobs": None, "finish_reason": None}
+                yield event(head | _prompt_ids(asked, generation) | {"choices": [{"index": 0} | first]})
+            if chunk.text or (chunk.token_ids and asked.wants_tokens):
+                yield chunk_event({"content": chunk.text}, **_details(context, asked, chunk))
             if chunk.finish_reason is not None:
                 yield chunk_event({}, chunk.finish_reason.value)
                 if asked.include_usage and chunk.usage is not None:
                     yield event(head | {"choices": [], "usage": usage_body([chunk.usage])})
     yield DONE
+
+
+def _details(context: Context, asked: ChatRequest, said: Answer | Chunk) -> dict[str, Any]:
+    """What a choice says of its tokens."""
+    logprobs = chat_logprobs(context.token_text, said.logprobs) if asked.logprobs else None
+    ids = {"token_ids": list(said.token_ids)} if asked.return_token_ids else {}
+    return {"logprobs": logprobs} | ids
+
+
+def _prompt_ids(asked: ChatRequest, generation: GenerationRequest) -> dict[str, Any]:
+    return {"prompt_token_ids": list(generation.prompt.token_ids)} if asked.return_token_ids else {}
 
 
 def _head(asked: ChatRequest, generation: GenerationRequest, kind: str) -> dict[str, Any]:

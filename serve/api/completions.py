@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, Response
 
 from lragent.serve.api.body import read_json
 from lragent.serve.api.context import Context
-from lragent.serve.api.generation import check_room, gather_answers, interleave, until_gone, usage_body
+from lragent.serve.api.generation import Answer, check_room, gather_answers, interleave, until_gone, usage_body
+from lragent.serve.api.logprobs import CompletionLogprobs
 from lragent.serve.api.models import resolve_role
 from lragent.serve.api.schema import CompletionRequest, parse_request
 from lragent.serve.api.sse import DONE, EventStream, event
-from lragent.serve.engine.types import GenerationRequest, Prompt, Usage
+from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, Usage
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -41,7 +42,9 @@ def completions_router(context: Context) -> APIRouter:
         if asked.stream:
             return EventStream(_events(context, asked, head, generations))
         answers = await until_gone(request.receive, gather_answers(context.service, generations))
-        choices = [_choice(i, answer.text, answer.finish_reason.value) for i, answer in enumerate(answers)]
+        choices = [
+            _Choice(context, asked, index, generations[index]).body(answer) for index, answer in enumerate(answers)
+        ]
         return JSONResponse(head | {"choices": choices, "usage": usage_body([answer.usage for answer in answers])})
 
     return router
@@ -86,18 +89,38 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     if asked.include_usage:
         head = head | {"usage": None}
+    choices = [_Choice(context, asked, index, generation) for index, generation in enumerate(generations)]
     usages: list[Usage] = []
     async with aclosing(interleave(context.service, generations)) as pieces:
         async for index, chunk in pieces:
             if chunk.usage is not None:
                 usages.append(chunk.usage)
-            if chunk.text or chunk.finish_reason is not None:
-                finish_reason = None if chunk.finish_reason is None else chunk.finish_reason.value
-                yield event(head | {"choices": [_choice(index, chunk.text, finish_reason)]})
+            if chunk.text or chunk.finish_reason is not None or (chunk.token_ids and asked.wants_tokens):
+                yield event(head | {"choices": [choices[index].body(chunk)]})
     if asked.include_usage:
         yield event(head | {"choices": [], "usage": usage_body(usages)})
     yield DONE
 
 
-def _choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+class _Choice:
+    """One prompt's answer, whole or chunk by chunk."""
+
+    def __init__(self, context: Context, asked: CompletionRequest, index: int, generation: GenerationRequest) -> None:
+        self._index = index
+        self._logprobs = None if asked.logprobs is None else CompletionLogprobs(context.token_text)
+        self._token_ids = bool(asked.return_token_ids)
+        self._prompt_ids = list(generation.prompt.token_ids) if self._token_ids else None
+
+    def body(self, said: Answer | Chunk) -> dict[str, Any]:
+        """What comes next of it, the first time with the prompt's ids where these are asked for."""
+        body: dict[str, Any] = {
+            "index": self._index,
+            "text": said.text,
+            "logprobs": None if self._logprobs is None else self._logprobs.body(said.logprobs),
+            "finish_reason": None if said.finish_reason is None else said.finish_reason.value,
+        }
+        if self._token_ids:
+            body["token_ids"] = list(said.token_ids)
+        if self._prompt_ids is not None:
+            body["prompt_token_ids"], self._prompt_ids = self._prompt_ids, None
+        return body

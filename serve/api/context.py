@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from lragent.serve.engine.token_text import TokenText
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, RoleCard
 
 T = TypeVar("T")
@@ -68,6 +69,7 @@ class Context:
     max_body_bytes: int
     created: int
     """Unix time at which the app was made: the `created` of the model cards."""
+    token_text: TokenText
     tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def tokenize(self, work: Callable[[], T]) -> T:

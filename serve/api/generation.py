@@ -12,7 +12,8 @@ from starlette.types import Receive
 
 from lragent.serve.api.context import Service
 from lragent.serve.api.errors import ApiError, bad_request
-from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, Usage
+from lragent.serve.engine.service import joined
+from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, TokenLogprob, Usage
 
 T = TypeVar("T")
 
@@ -23,9 +24,11 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole turn."""
+    """A whole turn. token_ids, logprobs: as a `Chunk`'s."""
 
     text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     usage: Usage
 
@@ -62,20 +65,17 @@ def _failure(service: Service, chunk: Chunk) -> ApiError:
 
 async def gather_answers(service: Service, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Run `requests` beside one another. Where one fails, the others are cancelled and its error is raised."""
-    texts: list[list[str]] = [[] for _ in requests]
-    ends: dict[int, Chunk] = {}
+    gathered: list[list[Chunk]] = [[] for _ in requests]
     async with aclosing(interleave(service, requests)) as pieces:
         async for index, chunk in pieces:
-            texts[index].append(chunk.text)
-            if chunk.finish_reason is not None:
-                ends[index] = chunk
-    return [_answer("".join(text), ends[index]) for index, text in enumerate(texts)]
+            gathered[index].append(chunk)
+    return [_answer(joined(chunks)) for chunks in gathered]
 
 
-def _answer(text: str, end: Chunk) -> Answer:
-    assert end.finish_reason is not None
-    assert end.usage is not None
-    return Answer(text, end.finish_reason, end.usage)
+def _answer(whole: Chunk) -> Answer:
+    assert whole.finish_reason is not None
+    assert whole.usage is not None
+    return Answer(whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.usage)
 
 
 async def interleave(

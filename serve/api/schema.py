@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, Vali
 from lragent.errors import UserError
 from lragent.serve.api.errors import shown
 from lragent.serve.api.unsupported import check_unsupported
-from lragent.serve.engine.types import SamplingParams
+from lragent.serve.engine.types import MAX_BIASED, MAX_LOGPROBS, SamplingParams
 
 MAX_PROMPTS = 128
 """In one completions request."""
@@ -21,6 +21,11 @@ def _listed(value: Any) -> Any:
     if value is None:
         return []
     return [value] if isinstance(value, str) else value
+
+
+def _numbered(value: Any) -> Any:
+    """Completions' `logprobs`: chat's word for off is taken too."""
+    return None if value is False else value
 
 
 Text = Annotated[str, Strict()]
@@ -51,6 +56,13 @@ class TextRequest(BaseModel):
     seed: Whole | None = None
     stop: Stops = []
     ignore_eos: Flag | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: Any = None
+    """Token id, as a string, to a number."""
+    return_token_ids: Flag | None = None
+    """Put the ids of prompt and answer beside the text, as vLLM does."""
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Label | None = None
@@ -66,6 +78,11 @@ class TextRequest(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether every token is to be told of, those without text of their own too."""
+        return bool(self.return_token_ids) or self.alternatives() is not None
+
     def requested_tokens(self) -> tuple[str, int | None]:
         """The field that limits the answer, and its value."""
         return "max_tokens", self.max_tokens
@@ -75,6 +92,22 @@ class TextRequest(BaseModel):
         name, value = self.requested_tokens()
         if value is not None and not 1 <= value <= max_model_len:
             raise UserError(f"{name}: must be between 1 and {max_model_len} (the context of this model), not {value}.")
+
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each token's log-probability; None: report none. Raises UserError."""
+        raise NotImplementedError
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as token ids and numbers. Raises UserError."""
+        given = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(given, dict) or not all(
+            key.isascii() and key.isdecimal() and len(key) <= 10 and type(value) in (int, float)
+            for key, value in given.items()
+        ):
+            raise UserError(
+                f"logit_bias: must map at most {MAX_BIASED} token ids to numbers from -100 to 100, not {shown(given)}."
+            )
+        return tuple((int(key), value) for key, value in given.items())
 
     def sampling(self, *, default_max_tokens: int) -> SamplingParams:
         """Raises UserError naming the field that is out of range."""
@@ -88,6 +121,11 @@ class TextRequest(BaseModel):
             "seed": self.seed,
             "stop": tuple(self.stop),
             "ignore_eos": self.ignore_eos,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.biases(),
+            "logprobs": self.alternatives(),
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
@@ -98,6 +136,16 @@ class ChatRequest(TextRequest):
     messages: list[Any]
     """As they came: the renderer checks them."""
     max_completion_tokens: Whole | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Whole | None = None
+
+    def alternatives(self) -> int | None:
+        count = self.top_logprobs or 0
+        if not 0 <= count <= MAX_LOGPROBS:
+            raise UserError(f"top_logprobs: must be between 0 and {MAX_LOGPROBS}, not {count}.")
+        if count and not self.logprobs:
+            raise UserError("top_logprobs: is only allowed together with `logprobs: true`.")
+        return count if self.logprobs else None
 
     def requested_tokens(self) -> tuple[str, int | None]:
         if self.max_completion_tokens is not None:
@@ -120,6 +168,14 @@ class CompletionRequest(TextRequest):
     prompt: Any
     add_special_tokens: Flag | None = None
     """Of a text prompt: whether the tokenizer puts its own in front; yes unless told otherwise."""
+    logprobs: Annotated[Whole | None, BeforeValidator(_numbered)] = None
+    top_logprobs: Whole | None = None
+    """Chat's: taken where it is 0."""
+
+    def alternatives(self) -> int | None:
+        if self.top_logprobs:
+            raise UserError("top_logprobs: is a field of chat completions; here `logprobs` says how many.")
+        return self.logprobs
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         """The prompts, each a text or token ids. Raises UserError."""

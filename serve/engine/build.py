@@ -28,6 +28,7 @@ from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
 from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.runner import Runner
+from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole
 from lragent.serve.engine.service import EngineService
@@ -127,13 +128,15 @@ def build_engine(
     pools = CachePools(shape, slots, slots, place.dtype, place.device)
     attention = _attention(model, pools, context)
     writers = {role.reader.writer: role.index for role in roles.values()}
+    vocab_size = model.config.get_text_config().vocab_size
     return Engine(
         runner=Runner(model, router, attention, sharing, split, writers),
         scheduler=Scheduler(cache, max_num_seqs, token_budget),
+        sampler=BatchSampler(max_num_seqs, vocab_size, place.device),
         tokenizer=tokenizer,
         roles=roles,
         end_tokens=end_tokens_of(model, tokenizer),
-        vocab_size=model.config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         limits=EngineLimits(context),
         seed=seed,
     )

@@ -13,7 +13,7 @@ from lragent.modes import SharingMode
 from lragent.serve.cache.role_cache import RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.runner import Runner
-from lragent.serve.engine.sampler import Sampler
+from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
 from lragent.serve.engine.turns import TurnMemory
@@ -23,6 +23,7 @@ from lragent.serve.engine.types import (
     FinishReason,
     GenerationRequest,
     QueueFullError,
+    TokenLogprob,
     UnknownRoleError,
 )
 
@@ -64,6 +65,7 @@ class Engine:
         *,
         runner: Runner,
         scheduler: Scheduler,
+        sampler: BatchSampler,
         tokenizer: PreTrainedTokenizerBase,
         roles: dict[str, EngineRole],
         end_tokens: frozenset[int],
@@ -77,6 +79,8 @@ class Engine:
         self.roles = roles
         self._runner = runner
         self._scheduler = scheduler
+        self._sampler = sampler
+        self._rows: dict[Sequence, int] = {}
         self._end_tokens = end_tokens
         self._vocab_size = vocab_size
         self._seed = seed
@@ -114,6 +118,8 @@ class Engine:
             )
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise UserError(f"prompt: token ids must be between 0 and {self._vocab_size - 1}.")
+        if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
+            raise UserError(f"logit_bias: token ids must be between 0 and {self._vocab_size - 1}.")
 
     def add(self, request: GenerationRequest, on_chunk: Callable[[Chunk], None]) -> None:
         """Queue a request. Raises UserError, QueueFullError."""
@@ -129,7 +135,7 @@ class Engine:
             role=role,
             tags=self._tags(request, role),
             capacity=min(self.limits.max_context, len(request.prompt.token_ids) + request.params.max_tokens),
-            sampler=Sampler(request.params, self._seed),
+            seed=self._seed if request.params.seed is None else request.params.seed,
             detokenizer=Detokenizer(self.tokenizer, request.params.stop),
             on_chunk=on_chunk,
         )
@@ -162,11 +168,25 @@ class Engine:
         pieces = self._scheduler.schedule()
         if not pieces:
             return
+        self._assign_rows()
+        yielding = [piece.sequence for piece in pieces if piece.yields_token]
         logits = self._runner.run(pieces)
+        drawn = self._sampler.draw(logits, [self._rows[s] for s in yielding], [len(s.generated) for s in yielding])
         self._advance(pieces)
-        yielding = [piece for piece in pieces if piece.yields_token]
-        for piece, row in zip(yielding, logits, strict=True):
-            self._take(piece.sequence, piece.sequence.sampler.next_token(row))
+        read = drawn.read([sequence.request.params.logprobs for sequence in yielding])
+        for sequence, (token, logprob) in zip(yielding, read, strict=True):
+            self._take(sequence, token, logprob)
+
+    def _assign_rows(self) -> None:
+        """A row of the sampler for every running sequence. Rows of those that run no more are free again."""
+        running = self._scheduler.running
+        self._rows = {sequence: self._rows[sequence] for sequence in running if sequence in self._rows}
+        free = iter(sorted(set(range(self._scheduler.max_sequences)) - set(self._rows.values())))
+        for sequence in running:
+            if sequence not in self._rows:
+                row = self._rows[sequence] = next(free)
+                request = sequence.request
+                self._sampler.begin(row, request.params, sequence.seed, request.prompt.token_ids, sequence.generated)
 
     def _advance(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -175,10 +195,11 @@ class Engine:
             if piece.yields_token and not sequence.generated:  # the prompt is complete: others may use it from now on
                 self.cache.commit(sequence.held, piece.end)
 
-    def _take(self, sequence: Sequence, token: int) -> None:
+    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """The next token of an answer."""
         params = sequence.request.params
         sequence.generated.append(token)
+        sequence.last_logprob = logprob
         if token in self._end_tokens and not params.ignore_eos:
             self._finish(sequence, FinishReason.STOP, sequence.detokenizer.finish())
             return
@@ -189,7 +210,7 @@ class Engine:
             self._finish(sequence, FinishReason.LENGTH, piece + sequence.detokenizer.finish())
         else:
             sequence.held.append(token, sequence.role.reader.writer)
-            sequence.on_chunk(Chunk(text=piece, token_ids=(token,)))
+            sequence.on_chunk(Chunk(text=piece, token_ids=(token,), logprobs=_listed(logprob)))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
         self._scheduler.remove(sequence)
@@ -204,9 +225,12 @@ class Engine:
         sums.generated += usage.completion_tokens
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and not sequence.detokenizer.stopped:
             self._remember(sequence)
-        last = tuple(sequence.generated[-1:]) if reason not in (FinishReason.CANCELLED, FinishReason.ERROR) else ()
+        last: tuple[int, ...] = ()
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if reason not in (FinishReason.CANCELLED, FinishReason.ERROR):
+            last, logprobs = tuple(sequence.generated[-1:]), _listed(sequence.last_logprob)
         del self._open[sequence.request.request_id]  # only now: until it is told, `fail_all` must find it
-        sequence.on_chunk(Chunk(text=text, token_ids=last, finish_reason=reason, usage=usage))
+        sequence.on_chunk(Chunk(text=text, token_ids=last, logprobs=logprobs, finish_reason=reason, usage=usage))
 
     def _remember(self, sequence: Sequence) -> None:
         ids = sequence.generated
@@ -235,6 +259,10 @@ class Engine:
             base_evicted=cache.counters.base_evicted,
             lr_evicted=cache.counters.lr_evicted,
         )
+
+
+def _listed(logprob: TokenLogprob | None) -> tuple[TokenLogprob, ...]:
+    return () if logprob is None else (logprob,)
 
 
 def end_tokens_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

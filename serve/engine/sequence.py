@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from lragent.serve.cache.role_cache import Lease, Reader
 from lragent.serve.engine.detokenizer import Detokenizer
-from lragent.serve.engine.sampler import Sampler
-from lragent.serve.engine.types import Chunk, GenerationRequest, Usage
+from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,20 @@ class EngineRole:
 class Sequence:
     """One request in the scheduler's hands.
 
-    tags: who is to write each prompt position. generated: answer tokens; the last one is not computed yet.
-    lease: None while waiting. computed: positions whose cache is written (or was found).
+    tags: who is to write each prompt position. seed: of its random draws. generated: answer tokens; the last one is not
+    computed yet. last_logprob: of the last one, where asked for. lease: None while waiting. computed: positions whose
+    cache is written (or was found).
     """
 
     request: GenerationRequest
     role: EngineRole
     tags: list[int]
     capacity: int
-    sampler: Sampler
+    seed: int
     detokenizer: Detokenizer
     on_chunk: Callable[[Chunk], None]
     generated: list[int] = field(default_factory=list)
+    last_logprob: TokenLogprob | None = None
     lease: Lease | None = None
     computed: int = 0
     usage_at_start: Usage | None = None

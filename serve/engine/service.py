@@ -177,6 +177,7 @@ def joined(chunks: list[Chunk]) -> Chunk:
     return Chunk(
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
         finish_reason=last.finish_reason,
         usage=last.usage,
     )

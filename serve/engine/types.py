@@ -37,12 +37,22 @@ class ContextFullError(UserError):
     """The prompt leaves no room for an answer."""
 
 
+MAX_BIASED = 300
+"""Token ids in one `logit_bias`."""
+MAX_LOGPROBS = 20
+"""Alternatives reported beside each token."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability. stop: strings that end the text and
     are not part of it. seed: None draws one. ignore_eos: go on past the end of the turn until `max_tokens`.
+    presence_penalty, frequency_penalty: taken off the logits of generated tokens, once and for each time (OpenAI's).
+    repetition_penalty: divides the logits of tokens of prompt and answer, multiplies negative ones. logit_bias: token
+    ids and what is added to their logits, before penalties. logprobs: how many alternatives to report beside each
+    token's log-probability; None is off.
     """
 
     max_tokens: int = 256
@@ -53,10 +63,24 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was said changes what is likely."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
         sane_stop = len(self.stop) <= 16 and all(0 < len(text) <= 256 for text in self.stop)
+        biased = {token for token, _ in self.logit_bias}
+        sane_bias = len(biased) == len(self.logit_bias) <= MAX_BIASED and all(
+            token >= 0 and -100.0 <= value <= 100.0 for token, value in self.logit_bias
+        )
         limits = (
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "must be between 0 and 2"),
@@ -65,6 +89,11 @@ class SamplingParams:
             ("min_p", 0.0 <= self.min_p < 1.0, "must be at least 0 and below 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
             ("stop", sane_stop, "must be at most 16 strings of 1 to 256 characters"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be between -2 and 2"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 2.0, "must be above 0 and at most 2"),
+            ("logit_bias", sane_bias, f"must give at most {MAX_BIASED} different token ids a number from -100 to 100"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"must be 0 to {MAX_LOGPROBS}"),
         )
         for name, holds, mend in limits:
             if not holds:
@@ -120,11 +149,28 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a generated token was, before penalties, temperature and filters. top: (id, logprob), best first.
+
+    Logarithms are natural ones. They are not finite where the model's logits were not.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. The last one carries `finish_reason` and `usage`."""
+    """A piece of an answer. The last one carries `finish_reason` and `usage`.
+
+    token_ids: all that were generated, those that say nothing included: the end of the turn, the last of a stop string.
+    logprobs: one for each of them where the request asks for it, else none.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from lragent.errors import UserError
 from lragent.serve.api.app import create_app
@@ -22,6 +22,7 @@ from lragent.serve.engine.types import (
     Prompt,
     QueueFullError,
     RoleCard,
+    TokenLogprob,
     UnknownRoleError,
     Usage,
 )
@@ -32,6 +33,13 @@ FIRST_BYTE = 3
 
 class FakeTokenizer:
     """A token per byte; special tokens are one BOS in front."""
+
+    all_special_ids = (BOS,)
+    added_tokens_decoder: ClassVar = {BOS: "<s>"}
+
+    def get_vocab(self) -> dict[str, int]:
+        """As vocabularies of characters spell single bytes."""
+        return {"<s>": BOS} | {f"<0x{byte:02X}>": byte + FIRST_BYTE for byte in range(256)}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [BOS] * add_special_tokens + [byte + FIRST_BYTE for byte in text.encode("utf-8")]}
@@ -137,11 +145,22 @@ class FakeService:
                 yield Chunk(finish_reason=FinishReason.CANCELLED, error="The server is stopping.")
                 return
             generated += 1
-            yield Chunk(letter, (ord(letter),))
+            ids = tuple(byte + FIRST_BYTE for byte in letter.encode())
+            yield Chunk(letter, ids, self._logprobs(request, ids))
             if generated == limit:
                 yield Chunk(finish_reason=FinishReason.LENGTH, usage=self._usage(request, generated))
                 return
         yield Chunk(finish_reason=FinishReason.STOP, usage=self._usage(request, generated))
+
+    def _logprobs(self, request: GenerationRequest, ids: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
+        """-0.5 for each, then one less for each of the next bytes; the sixth is impossible."""
+        count = request.params.logprobs
+        if count is None:
+            return ()
+        least = [-0.5, -1.5, -2.5, -3.5, -4.5, float("-inf")]
+        return tuple(
+            TokenLogprob(token, -0.5, tuple((token + i, least[i]) for i in range(min(count, 6)))) for token in ids
+        )
 
     def _letters(self, request: GenerationRequest, text: str) -> Iterator[str]:
         yield from f"{request.role}:{text}"

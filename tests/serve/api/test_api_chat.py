@@ -70,14 +70,16 @@ def test_all_sampling_fields_arrive(client: openai.OpenAI, service: FakeService)
         max_tokens=5,
         n=1,
         logprobs=None,
-        presence_penalty=0,
+        presence_penalty=0.25,
+        frequency_penalty=-2,
+        logit_bias={"5": -100, "17": 2.5},
         extra_body={
             "top_k": -1,
             "min_p": 0.1,
             "ignore_eos": True,
             "cache_salt": "tenant",
             "trajectory_id": "t1",
-            "repetition_penalty": 1.0,
+            "repetition_penalty": 1.1,
             "never_heard_of": [1, 2],
         },
     )
@@ -88,12 +90,15 @@ def test_all_sampling_fields_arrive(client: openai.OpenAI, service: FakeService)
     params = request.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 0, 0.1)
     assert (params.seed, params.stop, params.ignore_eos, params.max_tokens) == (7, ("END",), True, 5)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.25, -2, 1.1)
+    assert (params.logit_bias, params.logprobs) == (((5, -100), (17, 2.5)), None)
 
 
 def test_null_is_the_same_as_nothing(http: httpx.Client, service: FakeService) -> None:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stream", "stream_options", "n")
     more = ("ignore_eos", "cache_salt", "user", "logprobs", "tools", "response_format", "logit_bias", "chat_template")
-    body = {"model": "plan", "messages": HELLO} | dict.fromkeys((*names, *more))
+    penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty", "top_logprobs", "return_token_ids")
+    body = {"model": "plan", "messages": HELLO} | dict.fromkeys((*names, *more, *penalties))
     assert http.post("/v1/chat/completions", json=body).status_code == 200
     params = service.requests[-1].params
     assert (params.temperature, params.stop, service.requests[-1].salt) == (1.0, (), "")

@@ -52,18 +52,20 @@ BAD_FIELDS = [
     ("stream_options", {"include_usage": True}),
     ("stream_options", 7),
     *(("n", value) for value in (0, 2, -1, 10**9, "1", True, float("nan"))),
-    *(("logprobs", value) for value in (True, 0, 5)),
-    ("top_logprobs", 5),
+    *(("logprobs", value) for value in (-1, 21, 1.5, "5", [], float("nan"))),
+    *(("top_logprobs", value) for value in (-1, 5, 21, 1.5, "5", True)),
     ("best_of", 2),
     ("echo", True),
     ("suffix", "."),
-    ("logit_bias", {"5": -100}),
+    *(("logit_bias", value) for value in ([5], 7, {"x": 1}, {"-1": 1}, {"5": "1"}, {"5": True}, {"5": 101})),
+    *(("logit_bias", value) for value in ({"5": float("nan")}, {"9" * 5000: 1}, {"5": 1, "05": 1}, {"5": None})),
+    ("logit_bias", {str(token): 1 for token in range(301)}),
     ("tools", [{"type": "function", "function": {"name": "f"}}]),
     ("tool_choice", "required"),
     ("response_format", {"type": "json_object"}),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", float("nan")),
-    ("repetition_penalty", 1.1),
+    *((f"{kind}_penalty", v) for kind in ("presence", "frequency") for v in (-2.1, 2.1, float("nan"), "1", True, [])),
+    *(("repetition_penalty", value) for value in (0, -1, 2.1, float("inf"), "1", True)),
+    *(("return_token_ids", value) for value in ("yes", 1)),
     ("min_tokens", 5),
     ("stop_token_ids", [5]),
     ("guided_json", {}),
@@ -90,10 +92,17 @@ def test_the_field_that_was_sent_is_named(http: httpx.Client, value: Any) -> Non
     assert error_of(http.post(CHAT, json=body), 400)["param"] == "max_completion_tokens"
 
 
+@pytest.mark.parametrize(("path", "value"), [(CHAT, 0), (CHAT, 5), (TEXT, True)])
+def test_each_endpoint_has_its_own_logprobs(http: httpx.Client, path: str, value: Any) -> None:
+    body = {"model": "plan", "messages": HELLO, "prompt": "hi", "logprobs": value}
+    assert error_of(http.post(path, json=body), 400)["param"] == "logprobs"
+
+
 NEUTRAL = {
     "n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": False, "top_logprobs": 0, "presence_penalty": 0.0,
     "frequency_penalty": 0, "repetition_penalty": 1.0, "logit_bias": {}, "tools": [], "tool_choice": "auto",
     "response_format": {"type": "text"}, "min_tokens": 0, "stop_token_ids": [], "stop": [], "skip_special_tokens": True,
+    "return_token_ids": False,
 }  # fmt: skip
 
 

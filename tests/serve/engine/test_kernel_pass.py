@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import KERNEL_WAYS, ROLES, WAYS, Forced, Recorder, drive, tiny_engine
+from engines import KERNEL_WAYS, ROLES, WAYS, Recorder, drive, tiny_engine
 from reference import reference_logits
 from tiny import make_adapter_set, tiny_model
 from tolerances import MODEL_TOLERANCES, assert_close
@@ -102,7 +102,7 @@ def side_by_side(
         writers = [("base", *ROLES)[at // 3 % 4] for at in range(len(shared))] + [role] * len(ids)
         name = recorder.submit(role, shared + ids, 16, position_roles=writers)
         if said is not None:
-            recorder.engine._open[name].sampler = Forced(said[i])  # type: ignore[assignment]
+            recorder.forced[name] = iter(said[i])
     recorder.finish()
     assert recorder.engine.stats().preempted > 0
     return recorder

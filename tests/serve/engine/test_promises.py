@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import ROLES, Forced, Recorder, tiny_engine
+from engines import ROLES, Recorder, tiny_engine
 from peft import PeftModel
 from tiny import make_adapter_set, tiny_model, tiny_tokenizer
 from tolerances import MODEL_TOLERANCES
@@ -63,15 +63,7 @@ def peft(adapters: AdapterSet, tmp_path_factory: pytest.TempPathFactory) -> Peft
 
 def submit_without_end(recorder: Recorder, role: str, ids: list[int], count: int) -> str:
     """`generate` with min_new_tokens never draws the end token, so the engine must not either."""
-    name = recorder.submit(role, ids, count)
-    sampler = recorder.engine._open[name].sampler
-    draw = sampler.next_token
-
-    def never_the_end(logits: torch.Tensor) -> int:
-        return draw(logits.index_fill(0, torch.tensor([2]), float("-inf")))
-
-    sampler.next_token = never_the_end  # type: ignore[method-assign]
-    return name
+    return recorder.submit(role, ids, count, logit_bias=((2, -100.0),))
 
 
 def context(length: int, seed: int) -> list[int]:
@@ -148,7 +140,7 @@ def test_what_training_saw_is_what_serving_gives(
             message["name"], prompt.token_ids, len(said), position_roles=prompt.position_roles,
             opening=prompt.opening, ignore_eos=False,
         )  # fmt: skip
-        recorder.engine._open[name].sampler = Forced(said)  # type: ignore[assignment]
+        recorder.forced[name] = iter(said)
         recorder.finish()
         assert recorder.answer(name).finish_reason is FinishReason.STOP
         assert recorder.answer(name).text == message["content"]

@@ -12,7 +12,6 @@ from tiny import tiny_tokenizer
 from lragent.modes import SharingMode
 from lragent.serve.cache.role_cache import Reader, RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
-from lragent.serve.engine.sampler import Sampler
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
 from lragent.serve.engine.types import GenerationRequest, Prompt, SamplingParams
@@ -46,7 +45,7 @@ class Harness:
             role=role,
             tags=[role.reader.writer] * len(prompt),
             capacity=len(prompt) + answer,
-            sampler=Sampler(params, 0),
+            seed=0,
             detokenizer=Detokenizer(self.tokenizer, ()),
             on_chunk=lambda _: None,
         )
