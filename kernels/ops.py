@@ -34,6 +34,10 @@ Way = Literal["split", "prefill", "expanded", "torch"]
 KERNEL_RATE, KERNEL_RATE_LOW_KEYS, EXPANDED_RATE = 380e12, 90e12, 630e12
 EXPAND_RATE, EXPAND_LAUNCHES = 2.2e12, 100e-6
 
+LEAST_SAVED = 300e-6
+"""Seconds of one layer that cuDNN must save: it plans some 65 ms for each new shape, and there are many of short
+contexts."""
+
 LEAST_EXPANDED = 128
 """Fewer new tokens of one sequence and role are no work for cuDNN."""
 
@@ -80,7 +84,7 @@ def _expanded_pays(query: torch.Tensor, cache: LayerCache, spans: tuple[Span, ..
     laid_out = {(s.row, s.role): s.context for s in spans}
     moved = sum(laid_out.values()) * cache.key.shape[0] * dim * 4 * query.element_size()
     expanded = filled * heads * dim / EXPANDED_RATE + moved / EXPAND_RATE + EXPAND_LAUNCHES * len(spans)
-    return expanded < work / (KERNEL_RATE if cache.low_k is None else KERNEL_RATE_LOW_KEYS)
+    return expanded + LEAST_SAVED < work / (KERNEL_RATE if cache.low_k is None else KERNEL_RATE_LOW_KEYS)
 
 
 def make_plan(

@@ -128,6 +128,14 @@ def _sizes(tokens: int, d_in: int, itemsize: int, normed: bool, gated: bool, dev
     return sizes
 
 
+def _ahead(d_in: int) -> int:
+    """Columns to fetch ahead: a power of two of lines of 64, or none."""
+    columns = PREFETCHED
+    while columns > d_in:
+        columns //= 2
+    return columns if columns >= 64 else 0
+
+
 def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -148,7 +156,7 @@ def _launch(
         tokens, d_out, weight.stride(0), x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), eps,
         D_IN=d_in, TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=sizes.rows, COLUMNS=sizes.columns,
         EVEN_ROWS=d_out % sizes.rows == 0, BIAS=bias is not None, NORM=norm is not None, GATED=gated,
-        RESIDUAL=residual is not None, EARLY=early, AHEAD=min(PREFETCHED, d_in // 64 * 64) if early else 0,
+        RESIDUAL=residual is not None, EARLY=early, AHEAD=_ahead(d_in) if early and x.element_size() == 2 else 0,
         STAGES=sizes.stages, PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
         num_warps=sizes.warps, launch_pdl=early,
     )  # fmt: skip
@@ -156,16 +164,16 @@ def _launch(
 
 @triton.jit
 def _fetch_ahead(p_rows, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton takes the types from each launch
-    """Ask for the first columns of these rows of 16-bit weights to be brought into the L2 cache, a line at a time."""
-    for column in tl.static_range(0, AHEAD, 64):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(p_rows + column).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    """Ask for the first columns of rows of 16-bit weights to be brought into the L2 cache, 128 bytes at a time."""
+    o_line = tl.arange(0, AHEAD // 64) * 64
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(p_rows[:, None] + o_line[None, :]).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -11,6 +11,9 @@ from lragent.kernels.ops import add_role_up
 from lragent.key_norm import key_norm
 from lragent.routing import LeftForAttention, Router
 
+UNSORTED = 64
+"""So many tokens of mixed roles need not be put in order."""
+
 
 class RoleLinear(LeftForAttention, nn.Module):
     """`W x + B_role A x`, the role chosen per token by the router's route.
@@ -39,11 +42,23 @@ class RoleLinear(LeftForAttention, nn.Module):
         if route.uniform == 0:
             return out
         low = F.linear(hidden, self.down)
+        return self.add_up(out.view(-1, out.shape[-1]), low.flatten(0, -2)).view_as(out)
+
+    def add_up(self, out: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """`out + B low`, each token's role by the route; without gradients `out` itself is added to.
+
+        out: [T, d_out]; low: [T, r].
+        """
+        route = self.router.route
+        if route.uniform == 0:
+            return out
+        if route.uniform is not None and torch.is_grad_enabled():
+            return torch.addmm(out, low, self.up[route.uniform - 1])
         if route.uniform is not None:
-            return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.up[route.uniform - 1]).view_as(out)
-        flat = out.view(-1, out.shape[-1])  # a view: it may be added to in place, being made for nobody else
-        order = route.order if out.is_cuda else None
-        return add_role_up(flat, low.flatten(0, -2), self.up, route.short_roles, order).view_as(out)
+            return out.addmm_(low, self.up[route.uniform - 1])
+        return add_role_up(
+            out, low, self.up, route.short_roles, route.order if out.is_cuda and len(out) > UNSORTED else None
+        )
 
     def reader_up(self) -> torch.Tensor:
         """[n_roles, r, d_out]: what attention applies for the reader."""

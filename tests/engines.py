@@ -17,14 +17,22 @@ from lragent.modes import SharingMode
 from lragent.serve.engine.build import build_engine
 from lragent.serve.engine.engine import Engine
 from lragent.serve.engine.kernel_pass import KernelAttention
+from lragent.serve.engine.launched import Launched
 from lragent.serve.engine.sampler import Drawn
+from lragent.serve.engine.sequence import Piece
 from lragent.serve.engine.service import joined
+from lragent.serve.engine.tables import SlotTables
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
 
 ROLES = ("plan", "action", "reflect")
-WAYS: dict[str, dict[str, Any]] = {"plain": {}, "torch": {"by_kernels": "torch"}, "cuda": {"device": "cuda"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "torch": {"by_kernels": "torch"},
+    "cuda": {"device": "cuda"},
+    "graphs": {"device": "cuda", "graphs": True},
+}
 """How an engine attends, as options of `tiny_engine`."""
-KERNEL_WAYS = ("torch", pytest.param("cuda", marks=pytest.mark.gpu))
+KERNEL_WAYS = ("torch", *(pytest.param(way, marks=pytest.mark.gpu) for way in ("cuda", "graphs")))
 each_way = pytest.mark.parametrize("way", ["plain", *KERNEL_WAYS])
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -50,25 +58,28 @@ def tiny_engine(
     model.set_attn_implementation(ATTENTION)
     options.setdefault("cache_tokens", 1024)
     options.setdefault("max_model_len", 512)
+    options.setdefault("graphs", False)
     engine = build_engine(model, tiny_tokenizer(), adapters, sharing=SharingMode(sharing), **options)
-    attention = engine._runner._attention
+    attention = engine._runner.attention
     pools = attention.pools
     if by_kernels is not None:
         write = write_cache if by_kernels == "torch" else write_by_triton
         rope = attention.rope and (attention.rope[0].float(), attention.rope[1].float())
-        engine._runner._attention = KernelAttention(pools, rope, by_kernels, write)
+        rows, context = engine._scheduler.max_sequences, engine.limits.max_context
+        tables = SlotTables(rows, context, engine.cache.own_residuals, pools.key.device)
+        engine._runner.attention = KernelAttention(pools, tables, rope, by_kernels, write)
     for pool in (pools.key, pools.value, pools.low_v, pools.low_k):
         if pool is not None:
             pool.fill_(float("nan"))
     return engine
 
 
-def write_by_triton(*arguments: Any) -> None:
+def write_by_triton(*arguments: Any, rotate_key: bool = True) -> None:
     """`write_cache` by its kernel, on a CPU too: in Triton's interpreter."""
     from lragent.kernels.rotary_write import rotary_write
 
     *tensors, cache = arguments
-    rotary_write(*tensors, cache.key, cache.value, cache.low_v, cache.low_k)
+    rotary_write(*tensors, cache.key, cache.value, cache.low_v, cache.low_k, rotate_key=rotate_key)
 
 
 @dataclass
@@ -83,27 +94,25 @@ class Recorder:
     """By request: tokens that it is given in place of those drawn."""
 
     def __post_init__(self) -> None:
-        run = self.engine._runner.run
+        runner = self.engine._runner
+        launch, draw = runner.launch, runner.sampler.draw
 
-        def recorded(pieces: Any) -> torch.Tensor:
-            logits = run(pieces)
-            yielding = [piece.sequence.request.request_id for piece in pieces if piece.yields_token]
-            for name, row in zip(yielding, logits, strict=True):
-                self.logits.setdefault(name, []).append(row.clone())
-            return logits
-
-        self.engine._runner.run = recorded  # type: ignore[method-assign]
-        draw = self.engine._sampler.draw
+        def recorded(pieces: list[Piece]) -> Launched:
+            launched = launch(pieces)
+            for sequence, row in zip(launched.sequences, launched.logits, strict=True):
+                self.logits.setdefault(sequence.request.request_id, []).append(row.clone())
+            return launched
 
         def forced(logits: torch.Tensor, rows: list[int], indices: list[int]) -> Drawn:
             drawn = draw(logits, rows, indices)
-            names = {row: sequence.request.request_id for sequence, row in self.engine._rows.items()}
+            names = {sequence.row: sequence.request.request_id for sequence in self.engine._scheduler.running}
             for at, row in enumerate(rows):
                 if names[row] in self.forced:
-                    drawn.tokens[at] = next(self.forced[names[row]])
+                    drawn.tokens[at] = next(self.forced[names[row]], 0)
             return drawn
 
-        self.engine._sampler.draw = forced  # type: ignore[method-assign]
+        runner.launch = recorded  # type: ignore[method-assign]
+        runner.sampler.draw = forced  # type: ignore[method-assign]
 
     def submit(
         self,
@@ -143,8 +152,9 @@ class Recorder:
         return joined(self.chunks[name])
 
     def last_logits(self) -> torch.Tensor:
-        """[n, vocab]: logits of each token of the latest request."""
-        return torch.stack(self.logits[f"request-{self.count}"])
+        """[n, vocab]: logits of each token of the latest request, without those of a step past its end."""
+        name = f"request-{self.count}"
+        return torch.stack(self.logits[name][: len(self.answer(name).token_ids)])
 
 
 def drive(

@@ -44,6 +44,8 @@ class Lease:
     lr_slots: Slots
     committed: int = 0
     lr_committed: int = 0
+    told: int = 0
+    lr_told: int = 0
     node: Node | None = None
     lr_node: Node | None = None
 
@@ -195,14 +197,20 @@ class RoleCache:
             owned, node = self.base_tree.insert(namespace, tokens, lease.tags[part], lease.base_slots[part])
             self.base_tree.lock(node)
             self.base_tree.unlock(lease.node)
-            self.base_pool.free(lease.base_slots[part][owned != lease.base_slots[part]])
+            changed = owned != lease.base_slots[part]
+            if changed.any():
+                lease.told = min(lease.told, int(changed.argmax()))
+            self.base_pool.free(lease.base_slots[part][changed])
             lease.base_slots[part], lease.node, lease.committed = owned, node, length
         if self.own_residuals and length > lease.lr_committed:
             serials = self.base_pool.serial[lease.base_slots[part]]
             owned, node = self.lr_tree.insert(self._lr_namespace(lease), tokens, serials, lease.lr_slots[part])
             self.lr_tree.lock(node)
             self.lr_tree.unlock(lease.lr_node)
-            self.lr_pool.free(lease.lr_slots[part][owned != lease.lr_slots[part]])
+            changed = owned != lease.lr_slots[part]
+            if changed.any():
+                lease.lr_told = min(lease.lr_told, int(changed.argmax()))
+            self.lr_pool.free(lease.lr_slots[part][changed])
             lease.lr_slots[part], lease.lr_node, lease.lr_committed = owned, node, length
 
     def close(self, lease: Lease, length: int) -> None:

@@ -7,6 +7,8 @@ import logging
 
 import psutil
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lragent.adapter_set import AdapterSet
@@ -26,12 +28,15 @@ from lragent.serve.cache.role_cache import Reader, RoleCache
 from lragent.serve.engine.cached_pass import CachedAttention
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
+from lragent.serve.engine.fusing import fuse_layers
+from lragent.serve.engine.graphs import StepGraphs, ladder
 from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole
 from lragent.serve.engine.service import EngineService
+from lragent.serve.engine.tables import SlotTables
 from lragent.serve.engine.types import RoleCard
 
 logger = logging.getLogger(__name__)
@@ -101,8 +106,15 @@ def build_engine(
     max_num_seqs: int = 16,
     token_budget: int = TOKEN_BUDGET,
     seed: int = 0,
+    fused: bool = True,
+    graphs: bool = True,
+    ahead: bool | None = None,
 ) -> Engine:
-    """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place."""
+    """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place.
+
+    fused: let fused layers stand in for the model's own where they can. graphs: capture steps as CUDA graphs. ahead:
+    launch a step before the one before it is read; None does so on a GPU.
+    """
     router = Router()
     split: frozenset[str] = frozenset()
     if adapters is not None:
@@ -118,6 +130,8 @@ def build_engine(
             )
         install_roles(model, adapters, router)
         _warn_of_other_use(adapters, sharing, prefix_writer)
+    if fused:
+        fuse_layers(model, router, split)
     shape = _cache_shape(model, adapters, split)
     place = next(model.parameters())
     context = _max_context(model, max_model_len)
@@ -126,13 +140,24 @@ def build_engine(
     cache = RoleCache(sharing, slots, lr_slots=slots, a_digest=adapters.a_digest() if adapters else "")
     roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
     pools = CachePools(shape, slots, slots, place.dtype, place.device)
-    attention = _attention(model, pools, context)
-    writers = {role.reader.writer: role.index for role in roles.values()}
     vocab_size = model.config.get_text_config().vocab_size
+    on_gpu = place.device.type == "cuda"
+    runner = Runner(
+        model,
+        router,
+        _attention(model, pools, max_num_seqs, context, cache.own_residuals),
+        sharing,
+        split,
+        {role.reader.writer: role.index for role in roles.values()},
+        BatchSampler(max_num_seqs, vocab_size, place.device),
+        max_num_seqs,
+        ahead=on_gpu if ahead is None else ahead,
+    )
+    if on_gpu and graphs:
+        runner.graphs = capture_graphs(runner, max_num_seqs, place.device)
     return Engine(
-        runner=Runner(model, router, attention, sharing, split, writers),
+        runner=runner,
         scheduler=Scheduler(cache, max_num_seqs, token_budget),
-        sampler=BatchSampler(max_num_seqs, vocab_size, place.device),
         tokenizer=tokenizer,
         roles=roles,
         end_tokens=end_tokens_of(model, tokenizer),
@@ -142,14 +167,27 @@ def build_engine(
     )
 
 
-def _attention(model: PreTrainedModel, pools: CachePools, context: int) -> CachedAttention | KernelAttention:
+def capture_graphs(runner: Runner, rows: int, device: torch.device) -> StepGraphs:
+    """Capture all steps that are worth it, showing how far it is. rows: the most sequences that run at once."""
+    graphs, buckets = StepGraphs(nobody=rows), ladder(rows)
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("CUDA graphs", total=len(buckets))
+        graphs.capture(runner.forward_any, buckets, device, lambda _: progress.advance(task))
+    return graphs
+
+
+def _attention(
+    model: PreTrainedModel, pools: CachePools, rows: int, context: int, low_apart: bool
+) -> CachedAttention | KernelAttention:
     """Through the kernels on a GPU, else in plain torch. context: the most positions that a sequence has."""
     device = pools.key.device
     dtype = torch.float32 if device.type == "cuda" else pools.key.dtype
     rope = None
     if pools.low_k is not None:
         rope = rope_at(model, torch.arange(max(context, LEAST_ANGLES), device=device), dtype)
-    return KernelAttention(pools, rope) if device.type == "cuda" else CachedAttention(pools, rope)
+    if device.type != "cuda":
+        return CachedAttention(pools, rope)
+    return KernelAttention(pools, SlotTables(rows, context, low_apart, device), rope)
 
 
 def resolve_prefix_writer(asked: PrefixWriter | None, adapters: AdapterSet | None) -> PrefixWriter:

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from lragent.attention import SplitProjection, attend_by_reader, split_keys, split_projection
+from lragent.attention import attend_by_reader
 from lragent.kernels.attention import lora_attention
-from lragent.rope import Rope
+from lragent.rope import Rope, rotate
 from lragent.routing import Route
 from lragent.serve.cache.pools import CachePools
 from lragent.serve.cache.slots import Slots
-from lragent.serve.engine.step import Part, Step
+from lragent.serve.engine.new_states import NewStates, left_states
+from lragent.serve.engine.step import Ints, Step
+from lragent.serve.engine.step_tensors import StepTensors
 
 Rows = slice | torch.Tensor
 """Slots or rows of a batch: a slice where they lie in one run, so that they are read in place."""
@@ -57,10 +59,16 @@ class CachedPass:
 
     pools: CachePools
     pieces: tuple[CachedPiece, ...]
+    step: Step
     route: Route
     base_writes: Writes
     low_writes: Writes
     rope: Rope | None
+
+    @property
+    def base_from(self) -> int:
+        """See CachePass."""
+        return self.step.base_from
 
     def attend(
         self,
@@ -72,28 +80,35 @@ class CachedPass:
         window: int | None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """See AttentionPass. Writes what is new, then reads the whole context of each piece."""
-        index = int(layer.layer_idx)  # type: ignore[arg-type]  # transformers' attention layers all have it
-        v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
-        low_v = self._store_low(v_proj, self.pools.low_v, index)
-        low_k = self._store_low(k_proj, self.pools.low_k, index)
-        key, norm = (key, None) if k_proj is None else split_keys(layer, k_proj, key)
+        """See AttentionPass."""
+        new = left_states(layer, query, key, value, self.route)
+        return self.through_cache(int(layer.layer_idx), new, scale, window, softcap)  # type: ignore[arg-type]  # all have it
+
+    def through_cache(
+        self, index: int, new: NewStates, scale: float, window: int | None, softcap: float | None
+    ) -> torch.Tensor:
+        """See CachePass."""
+        query, key, value = (states.transpose(0, 1) for states in (new.query, new.key, new.value))  # [H, T, D]
+        if new.rope is not None:
+            query = rotate(query, new.rope)
+            key = key if new.norm is not None else rotate(key, new.rope)
+        low_v = self._store_low(new.low_v, self.pools.low_v, index)
+        low_k = self._store_low(new.low_k, self.pools.low_k, index)
         keys, values = self.pools.key[index], self.pools.value[index]
         if not self.base_writes.empty:
             keys[:, self.base_writes.slots] = key[:, self.base_writes.rows]
             values[:, self.base_writes.slots] = value[:, self.base_writes.rows]
-        up_v = v_proj.reader_up() if v_proj else None
         parts = []
         for piece in self.pieces:
             low = None if low_v is None else low_v[piece.low]
-            if k_proj is None or low_k is None:
+            if new.up_k is None or low_k is None:
                 parts.append(
                     lora_attention(
                         query[:, piece.batch],
                         keys[:, piece.base],
                         values[:, piece.base],
                         low,
-                        up_v,
+                        new.up_v,
                         piece.readers,
                         scale=scale,
                         window=window,
@@ -107,13 +122,13 @@ class CachedPass:
                     query[:, piece.batch],
                     keys[:, piece.base],
                     low_k[piece.low],
-                    k_proj.reader_up(),
+                    new.up_k,
                     (self.rope[0][: piece.context], self.rope[1][: piece.context]),
                     values[:, piece.base],
                     low,
-                    up_v,
+                    new.up_v,
                     self.route.roles[piece.batch],
-                    norm=norm,
+                    norm=new.norm,
                     scale=scale,
                     window=window,
                     softcap=softcap,
@@ -121,13 +136,11 @@ class CachedPass:
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _store_low(
-        self, projection: SplitProjection | None, pool: torch.Tensor | None, index: int
-    ) -> torch.Tensor | None:
-        """Store a split projection's low-rank activation; returns that layer's LR cache [slots, r]."""
-        if projection is None or pool is None:
+    def _store_low(self, low: torch.Tensor | None, pool: torch.Tensor | None, index: int) -> torch.Tensor | None:
+        """Store a low-rank activation [T, r]; returns that layer's LR cache [slots, r]."""
+        if low is None or pool is None:
             return None
-        pool[index][self.low_writes.slots] = projection.take_low()[0][self.low_writes.rows]
+        pool[index][self.low_writes.slots] = low[self.low_writes.rows]
         return pool[index]
 
 
@@ -138,29 +151,42 @@ class CachedAttention:
     pools: CachePools
     rope: Rope | None = None
 
-    def __call__(self, step: Step, route: Route) -> CachedPass:
+    def prepare(self, step: Step) -> None:
+        """Nothing: slots are read off the leases."""
+
+    def of_step(self, step: Step, tensors: StepTensors, route: Route) -> CachedPass:
         """The pass of `step`, whose tokens have the roles of `route`."""
         device = self.pools.key.device
-
-        def rows(parts: list[Slots]) -> Rows:
-            return as_rows(np.concatenate(parts), device)
-
+        pieces, rows, slots, low_slots, at = [], [], [], [], 0
+        for piece in step.pieces:
+            lease, size = piece.sequence.held, piece.end - piece.start
+            low = (lease.lr_slots if step.low_apart else lease.base_slots)[: piece.end]
+            first_new = max(lease.base_reused, piece.start)
+            rows.append(np.arange(at + first_new - piece.start, at + size))
+            slots.append(lease.base_slots[first_new : piece.end])
+            low_slots.append(low[piece.start :])
+            pieces.append(
+                CachedPiece(
+                    slice(at, at + size),
+                    piece.end,
+                    as_rows(lease.base_slots[: piece.end], device),
+                    as_rows(low, device),
+                    _readers(step.roles[at : at + size], device),
+                )
+            )
+            at += size
         return CachedPass(
             self.pools,
-            tuple(_cached_piece(part, step.roles[part.start : part.end], device) for part in step.parts),
+            tuple(pieces),
+            step,
             route,
-            Writes(
-                rows([np.arange(part.first_new, part.end) for part in step.parts]),
-                rows([part.base_slots[len(part.base_slots) - (part.end - part.first_new) :] for part in step.parts]),
-            ),
-            Writes(slice(0, len(step.roles)), rows([part.low_slots[part.start - part.end :] for part in step.parts])),
+            Writes(as_rows(np.concatenate(rows), device), as_rows(np.concatenate(slots), device)),
+            Writes(slice(0, at), as_rows(np.concatenate(low_slots), device)),
             self.rope,
         )
 
 
-def _cached_piece(part: Part, roles: list[int], device: torch.device) -> CachedPiece:
-    readers: torch.Tensor | int = roles[0]
-    if any(role != roles[0] for role in roles):
-        readers = torch.tensor(roles, device=device)
-    base, low = (as_rows(slots, device) for slots in (part.base_slots, part.low_slots))
-    return CachedPiece(slice(part.start, part.end), part.context, base, low, readers)
+def _readers(roles: Ints, device: torch.device) -> torch.Tensor | int:
+    """The role of all tokens where they have one, else each one's."""
+    first = int(roles[0])
+    return first if (roles == first).all() else torch.as_tensor(roles, dtype=torch.long, device=device)

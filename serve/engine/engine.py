@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lragent.errors import UserError
 from lragent.modes import SharingMode
-from lragent.serve.cache.role_cache import RoleCache
+from lragent.serve.cache.role_cache import Lease, RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.launched import Launched
 from lragent.serve.engine.runner import Runner
-from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
 from lragent.serve.engine.turns import TurnMemory
@@ -65,7 +65,6 @@ class Engine:
         *,
         runner: Runner,
         scheduler: Scheduler,
-        sampler: BatchSampler,
         tokenizer: PreTrainedTokenizerBase,
         roles: dict[str, EngineRole],
         end_tokens: frozenset[int],
@@ -79,8 +78,10 @@ class Engine:
         self.roles = roles
         self._runner = runner
         self._scheduler = scheduler
-        self._sampler = sampler
-        self._rows: dict[Sequence, int] = {}
+        self._begun: dict[int, Lease] = {}
+        """By row, under which lease the sampler was told of its sequence."""
+        self._launched: Launched | None = None
+        """A step that the device works on while the next one is made."""
         self._end_tokens = end_tokens
         self._vocab_size = vocab_size
         self._seed = seed
@@ -101,7 +102,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._open)
+        return bool(self._open) or self._launched is not None
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UserError where `request` cannot be served. Reads only what never changes: any thread may call it."""
@@ -164,41 +165,50 @@ class Engine:
             self.cancel(request_id)
 
     def step(self) -> None:
-        """Process one batch: schedule, run, sample, hand out."""
+        """Process one batch: schedule, run, draw, hand out.
+
+        On a GPU it hands out what the batch before has drawn, while the device works on this one.
+        """
         pieces = self._scheduler.schedule()
-        if not pieces:
-            return
-        self._assign_rows()
-        yielding = [piece.sequence for piece in pieces if piece.yields_token]
-        logits = self._runner.run(pieces)
-        drawn = self._sampler.draw(logits, [self._rows[s] for s in yielding], [len(s.generated) for s in yielding])
-        self._advance(pieces)
-        read = drawn.read([sequence.request.params.logprobs for sequence in yielding])
-        for sequence, (token, logprob) in zip(yielding, read, strict=True):
-            self._take(sequence, token, logprob)
+        launched = self._launch(pieces) if pieces else None
+        if self._runner.ahead:
+            launched, self._launched = self._launched, launched
+        if launched is not None:
+            self._read(launched)
 
-    def _assign_rows(self) -> None:
-        """A row of the sampler for every running sequence. Rows of those that run no more are free again."""
-        running = self._scheduler.running
-        self._rows = {sequence: self._rows[sequence] for sequence in running if sequence in self._rows}
-        free = iter(sorted(set(range(self._scheduler.max_sequences)) - set(self._rows.values())))
-        for sequence in running:
-            if sequence not in self._rows:
-                row = self._rows[sequence] = next(free)
-                request = sequence.request
-                self._sampler.begin(row, request.params, sequence.seed, request.prompt.token_ids, sequence.generated)
-
-    def _advance(self, pieces: list[Piece]) -> None:
+    def _launch(self, pieces: list[Piece]) -> Launched:
         for piece in pieces:
-            sequence = piece.sequence
-            sequence.computed = piece.end
-            if piece.yields_token and not sequence.generated:  # the prompt is complete: others may use it from now on
-                self.cache.commit(sequence.held, piece.end)
+            self._begin(piece.sequence)
+        launched = self._runner.launch(pieces)
+        for piece in pieces:
+            sequence, yields_token = piece.sequence, piece.yields_token
+            self._scheduler.advanced(piece)
+            if yields_token:
+                sequence.in_flight += 1
+                if sequence.goes_on:  # with a token that is not known yet
+                    sequence.held.append(0, sequence.role.reader.writer)
+        return launched
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Tell the sampler of a sequence that starts, or resumes, in its row."""
+        if self._begun.get(sequence.row) is not sequence.held:
+            request = sequence.request
+            self._begun[sequence.row] = sequence.held
+            self._runner.sampler.begin(
+                sequence.row, request.params, sequence.seed, request.prompt.token_ids, sequence.generated
+            )
+
+    def _read(self, launched: Launched) -> None:
+        """Hand out a step's tokens. Those of requests that have ended meanwhile are nobody's."""
+        for sequence, (token, logprob) in zip(launched.sequences, launched.read(), strict=True):
+            sequence.in_flight -= 1
+            if self._open.get(sequence.request.request_id) is sequence:
+                self._take(sequence, token, logprob)
 
     def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """The next token of an answer."""
         params = sequence.request.params
-        sequence.generated.append(token)
+        sequence.take(token)
         sequence.last_logprob = logprob
         if token in self._end_tokens and not params.ignore_eos:
             self._finish(sequence, FinishReason.STOP, sequence.detokenizer.finish())
@@ -206,10 +216,9 @@ class Engine:
         piece = sequence.detokenizer.push(token)
         if sequence.detokenizer.stopped:
             self._finish(sequence, FinishReason.STOP, piece)
-        elif len(sequence.generated) == params.max_tokens or sequence.held.length == sequence.capacity:
+        elif sequence.full:
             self._finish(sequence, FinishReason.LENGTH, piece + sequence.detokenizer.finish())
         else:
-            sequence.held.append(token, sequence.role.reader.writer)
             sequence.on_chunk(Chunk(text=piece, token_ids=(token,), logprobs=_listed(logprob)))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> None:

@@ -4,49 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from lragent.attention import split_keys, split_projection
 from lragent.kernels.cached import CachedBatch, LayerCache, Readers, Span
 from lragent.kernels.ops import Way, cached_attention, choose_way, make_plan, write_cache
 from lragent.key_norm import norm_eps
 from lragent.rope import Rope
 from lragent.routing import Route
 from lragent.serve.cache.pools import CachePools
-from lragent.serve.cache.slots import Slots
-from lragent.serve.engine.step import Step
+from lragent.serve.engine.new_states import NewStates, left_states
+from lragent.serve.engine.step import SHORT, Step
+from lragent.serve.engine.step_tensors import StepTensors
+from lragent.serve.engine.tables import SlotTables
 
 if TYPE_CHECKING:
     from lragent.kernels.plan import Plan
 
-TABLE_MULTIPLE = 64
-"""Rows of the slot tables have a multiple of this many numbers: kernels are compiled for aligned rows, once."""
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of a step that are attended to together, in the tokens `start..end` of the flat batch.
+
+    batch: its `query_start` counts from the group's first token.
+    """
+
+    start: int
+    end: int
+    batch: CachedBatch
 
 
 @dataclass(frozen=True)
 class KernelPass:
-    """The attention of one step (see lragent.attention.AttentionPass).
+    """The attention of one step (see CachePass).
 
     positions: [T] int32. base_slots, low_slots: [T] int32, where each new token's base and LR cache are written, -1
     where they are not. rope: cos and sin of every position, float32. way, write, norms: see KernelAttention.
     """
 
     pools: CachePools
-    batch: CachedBatch
+    groups: tuple[Group, ...]
     route: Route
-    positions: torch.Tensor
+    base_from: int
+    counted: torch.Tensor
+    """[T] int32: 0, 1, 2 …"""
     base_slots: torch.Tensor
     low_slots: torch.Tensor
     rope: Rope | None
     way: Way | None
     write: Callable[..., None]
     norms: dict[int, tuple[torch.Tensor, float]]
-    _divided: dict[tuple[int | None, float | None, int, int], tuple[Way, Plan | None]] = field(default_factory=dict)
-    """How the work is done and divided, by what may differ from layer to layer: window, soft cap and ranks."""
+    _divided: dict[tuple[int, int | None, float | None, int, int], tuple[Way, Plan | None]] = field(
+        default_factory=dict
+    )
+    """How the work is done and divided, by group and what may differ from layer to layer: window, soft cap, ranks."""
 
     def attend(
         self,
@@ -58,32 +73,40 @@ class KernelPass:
         window: int | None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """See AttentionPass. Writes what is new, then reads the whole context of each piece."""
-        index = int(layer.layer_idx)  # type: ignore[arg-type]  # transformers' attention layers all have it
-        v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
-        low_v, low_k = (None if part is None else part.take_low()[0] for part in (v_proj, k_proj))
-        pools = self.pools
+        """See AttentionPass."""
+        new = left_states(layer, query, key, value, self.route)
+        return self.through_cache(int(layer.layer_idx), new, scale, window, softcap)  # type: ignore[arg-type]  # all have it
+
+    def through_cache(
+        self, index: int, new: NewStates, scale: float, window: int | None, softcap: float | None
+    ) -> torch.Tensor:
+        """See CachePass."""
+        pools, low_v, low_k = self.pools, new.low_v, new.low_k
         cache = LayerCache(
             pools.key[index],
             pools.value[index],
             None if low_v is None or pools.low_v is None else pools.low_v[index],
             None if low_k is None or pools.low_k is None else pools.low_k[index],
         )
-        key, norm = (key, None) if k_proj is None else split_keys(layer, k_proj, key)
-        query, key, value = (states.transpose(0, 1) for states in (query, key, value))  # [T, H, D]
-        self.write(query, key, value, low_v, low_k, None, self.positions, self.base_slots, self.low_slots, cache)
-        readers = Readers(
-            v_proj.reader_up() if v_proj else None,
-            k_proj.reader_up() if k_proj else None,
-            self.rope if k_proj else None,
-        )
-        if norm is not None:
-            weight, eps = self._norm(index, norm)
+        # The angles are those of the new tokens in order, not of all positions.
+        self.write(
+            new.query, new.key, new.value, low_v, low_k, new.rope, self.counted, self.base_slots, self.low_slots, cache,
+            rotate_key=new.norm is None,
+        )  # fmt: skip
+        readers = Readers(new.up_v, new.up_k, None if new.up_k is None else self.rope)
+        if new.norm is not None:
+            weight, eps = self._norm(index, new.norm)
             readers = replace(readers, key_norm=weight, key_eps=eps)
-        way, plan = self._division(query, cache, window, softcap)
-        return cached_attention(
-            query, cache, self.batch, readers, scale=scale, window=window, softcap=softcap, plan=plan, way=way
-        )
+        parts = []
+        for number, group in enumerate(self.groups):
+            query = new.query[group.start : group.end]
+            way, plan = self._division(number, query, cache, group.batch, window, softcap)
+            parts.append(
+                cached_attention(
+                    query, cache, group.batch, readers, scale=scale, window=window, softcap=softcap, plan=plan, way=way
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _norm(self, index: int, norm: nn.Module) -> tuple[torch.Tensor, float]:
         if index not in self.norms:
@@ -94,13 +117,19 @@ class KernelPass:
         return self.norms[index]
 
     def _division(
-        self, query: torch.Tensor, cache: LayerCache, window: int | None, softcap: float | None
+        self,
+        number: int,
+        query: torch.Tensor,
+        cache: LayerCache,
+        batch: CachedBatch,
+        window: int | None,
+        softcap: float | None,
     ) -> tuple[Way, Plan | None]:
         rank_v, rank_k = (0 if low is None else low.shape[1] for low in (cache.low_v, cache.low_k))
-        alike = (window, softcap, rank_v, rank_k)
+        alike = (number, window, softcap, rank_v, rank_k)
         if alike not in self._divided:
-            way = self.way or choose_way(query, cache, self.batch, window, softcap)
-            self._divided[alike] = way, make_plan(query, cache, self.batch, window=window, way=way)
+            way = self.way or choose_way(query, cache, batch, window, softcap)
+            self._divided[alike] = way, make_plan(query, cache, batch, window=window, way=way)
         return self._divided[alike]
 
 
@@ -113,68 +142,60 @@ class KernelAttention:
     """
 
     pools: CachePools
+    tables: SlotTables
     rope: Rope | None = None
     way: Way | None = None
     write: Callable[..., None] = write_cache
     norms: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
-    def __call__(self, step: Step, route: Route) -> KernelPass:
-        """The pass of `step`, whose tokens have the roles of `route`."""
-        device = self.pools.key.device
-        base_slots = np.full(len(step.roles), -1, np.int32)
-        low_slots = np.empty(len(step.roles), np.int32)
-        for part in step.parts:
-            base_slots[part.first_new : part.end] = part.base_slots[part.context - (part.end - part.first_new) :]
-            low_slots[part.start : part.end] = part.low_slots[part.start - part.end :]
+    def prepare(self, step: Step) -> None:
+        """Tell the device where the tokens of `step` lie."""
+        self.tables.update(step.pieces)
+
+    def of_step(self, step: Step, tensors: StepTensors, route: Route) -> KernelPass:
+        """The pass of `step`, whose numbers are in `tensors`; long pieces are attended to apart from short ones."""
+        bounds = [0, step.short_from, len(step.pieces)]
+        groups = []
+        for first, past in pairwise(bounds):
+            if first == past:
+                continue
+            start, end = int(step.query_start[first]), int(step.query_start[past])
+            most_new = max(piece.end - piece.start for piece in step.pieces[first:past])
+            spans = _spans(step, first, past) if most_new > SHORT else None
+            query_start, context = tensors.query_start[first : past + 1], tensors.context[first:past]
+            rows, roles = tensors.rows[first:past], tensors.roles[start:end]
+            if start:  # copies, which begin at addresses that kernels are compiled for
+                query_start = query_start - start
+                context, rows, roles = context.clone(), rows.clone(), roles.clone()
+            batch = CachedBatch(query_start, context, rows, self.tables.base, self.tables.low, roles, most_new, spans)
+            groups.append(Group(start, end, batch))
+        return self._pass(tuple(groups), tensors, route, step.base_from)
+
+    def of_tensors(self, tensors: StepTensors, most_new: int, route: Route) -> KernelPass:
+        """The pass of whatever step the tensors hold when it runs, of at most `most_new` tokens a sequence."""
+        batch = CachedBatch(
+            tensors.query_start, tensors.context, tensors.rows, self.tables.base, self.tables.low, tensors.roles,
+            most_new,
+        )  # fmt: skip
+        return self._pass((Group(0, len(tensors.tokens), batch),), tensors, route, 0)
+
+    def _pass(self, groups: tuple[Group, ...], tensors: StepTensors, route: Route, base_from: int) -> KernelPass:
+        counted = torch.arange(len(tensors.tokens), dtype=torch.int32, device=tensors.tokens.device)
         return KernelPass(
-            self.pools,
-            _batch(step, route, device),
-            route,
-            torch.as_tensor(step.positions.astype(np.int32), device=device),
-            torch.as_tensor(base_slots, device=device),
-            torch.as_tensor(low_slots, device=device),
-            self.rope,
-            self.way,
-            self.write,
-            self.norms,
-        )
+            self.pools, groups, route, base_from, counted, tensors.base_slots, tensors.low_slots, self.rope, self.way,
+            self.write, self.norms,
+        )  # fmt: skip
 
 
-def _batch(step: Step, route: Route, device: torch.device) -> CachedBatch:
-    """The sequences of a step, each a row of the slot tables."""
-
-    def ints(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
-
-    slots = _table([part.base_slots for part in step.parts], device)
-    return CachedBatch(
-        query_start=ints([0, *(part.end for part in step.parts)]),
-        context=ints([part.context for part in step.parts]),
-        rows=torch.arange(len(step.parts), dtype=torch.int32, device=device),
-        slots=slots,
-        low_slots=_table([part.low_slots for part in step.parts], device) if step.low_apart else slots,
-        roles=route.short_roles,
-        most_new=max(part.end - part.start for part in step.parts),
-        spans=_spans(step),
-    )
-
-
-def _table(rows: list[Slots], device: torch.device) -> torch.Tensor:
-    """[S, longest] int32, rounded up."""
-    longest = max(len(row) for row in rows)
-    table = np.zeros((len(rows), -(-longest // TABLE_MULTIPLE) * TABLE_MULTIPLE), np.int32)
-    for filled, row in zip(table, rows, strict=True):
-        filled[: len(row)] = row
-    return torch.as_tensor(table, device=device)
-
-
-def _spans(step: Step) -> tuple[Span, ...]:
-    """The longest runs of one sequence and one role."""
+def _spans(step: Step, first: int, past: int) -> tuple[Span, ...]:
+    """The longest runs of one sequence and one role of some pieces; tokens count from the first of them."""
     spans = []
-    for row, part in enumerate(step.parts):
-        roles = np.asarray(step.roles[part.start : part.end])
+    offset = int(step.query_start[first])
+    for row, piece in enumerate(step.pieces[first:past], start=first):
+        at, end_at = int(step.query_start[row]), int(step.query_start[row + 1])
+        roles = step.roles[at:end_at]
         ends = [*(np.flatnonzero(np.diff(roles)) + 1).tolist(), len(roles)]
         for start, end in zip([0, *ends], ends, strict=False):
-            context = part.context - len(roles) + end
-            spans.append(Span(part.start + start, part.start + end, context, row, int(roles[start])))
+            context = piece.end - len(roles) + end
+            spans.append(Span(at - offset + start, at - offset + end, context, piece.sequence.row, int(roles[start])))
     return tuple(spans)

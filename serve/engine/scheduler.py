@@ -46,6 +46,8 @@ class Scheduler:
     def schedule(self) -> list[Piece]:
         """The pieces of the next step, each with its slots reserved; empty if there is nothing to do."""
         while self.waiting and len(self.running) < self.max_sequences and not self._full:
+            if self.waiting[0].in_flight:
+                break
             self._admit()
         pieces: list[Piece] = []
         budget = self.token_budget
@@ -54,12 +56,21 @@ class Scheduler:
                 continue  # preempted for one before it
             if budget == 0:
                 break
+            if sequence.computed == sequence.held.length:
+                continue
             end = min(sequence.held.length, sequence.computed + budget)
             if not self._reserve(sequence, end, pieces):
                 continue
             pieces.append(Piece(sequence, sequence.computed, end))
             budget -= end - sequence.computed
         return pieces
+
+    def advanced(self, piece: Piece) -> None:
+        """A piece was given to the device."""
+        sequence = piece.sequence
+        sequence.computed = piece.end
+        if piece.end == len(sequence.request.prompt.token_ids):  # it is complete: others may use it from now on
+            self.cache.commit(sequence.held, piece.end)
 
     def _admit(self) -> None:
         """Let the first that waits run, if there is room for what is known of it: else it would only be preempted."""
@@ -81,6 +92,8 @@ class Scheduler:
             return
         self.waiting.popleft()
         sequence.lease = lease
+        taken = {other.row for other in self.running}
+        sequence.row = next(row for row in range(self.max_sequences) if row not in taken)
         sequence.computed = lease.lr_reused if self.cache.own_residuals else lease.base_reused
         if sequence.usage_at_start is None:
             size = len(prompt.token_ids)
@@ -115,6 +128,6 @@ class Scheduler:
         self.preempted += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.cache.close(sequence.held, sequence.computed)
-        sequence.lease = None
+        self.cache.close(sequence.held, sequence.settled)
+        sequence.lease, sequence.row = None, -1
         self._full = False

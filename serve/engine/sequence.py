@@ -38,9 +38,37 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     last_logprob: TokenLogprob | None = None
     lease: Lease | None = None
+    row: int = -1
     computed: int = 0
+    in_flight: int = 0
     usage_at_start: Usage | None = None
     """Prompt counts of the first admission; a preemption does not change them."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token will follow those that are known or drawn."""
+        drawn = len(self.generated) + self.in_flight
+        return drawn < self.request.params.max_tokens and self.held.length < self.capacity
+
+    @property
+    def full(self) -> bool:
+        """Whether the answer has all the tokens that it may have."""
+        known = len(self.request.prompt.token_ids) + len(self.generated)
+        return len(self.generated) == self.request.params.max_tokens or known > self.capacity
+
+    @property
+    def settled(self) -> int:
+        """Positions that may stay cached: computed, of known tokens, and not beyond the end of the answer."""
+        if not self.generated:
+            return self.computed
+        return min(self.computed, len(self.request.prompt.token_ids) + len(self.generated) - 1)
+
+    def take(self, token: int) -> None:
+        """A token that was drawn is known now."""
+        position = len(self.request.prompt.token_ids) + len(self.generated)
+        self.generated.append(token)
+        if self.lease is not None and position < self.lease.length:
+            self.lease.tokens[position] = token
 
     @property
     def held(self) -> Lease:

@@ -66,8 +66,9 @@ def test_a_wrong_engine_is_given_no_speeds(folder: Path, tmp_path: Path) -> None
     bench = Bench(resolve_model(str(folder)), None, [SharingMode.NON_SHARED], torch.float32, tmp_path)
     trace = [Planned("plan", 12, 2), Planned("action", 4, 2)]
     assert bench.check(trace) == 1.0
-    run = bench.engines[SharingMode.NON_SHARED]._runner.run
-    bench.engines[SharingMode.NON_SHARED]._runner.run = lambda pieces: -run(pieces)  # type: ignore[method-assign]
+    runner = bench.engines[SharingMode.NON_SHARED]._runner
+    forward = runner.forward
+    runner.forward = lambda step, tensors: -forward(step, tensors)  # type: ignore[method-assign]
     with pytest.raises(LRAgentError, match="agree on 0%"):
         bench.check([Planned("plan", 13, 2), Planned("action", 4, 2)])
 

@@ -16,7 +16,9 @@ from lragent.kernels.low_rank import role_up_reference
 from lragent.modes import SharingMode
 from lragent.role_linear import RoleLinear
 from lragent.routing import Route, Router
-from lragent.serve.engine.kernel_pass import KernelPass
+from lragent.serve.engine.kernel_pass import KernelAttention, KernelPass
+from lragent.serve.engine.step import SHORT, Step
+from lragent.serve.engine.step_tensors import StepTensors
 
 TARGETS = {
     "q_v": ("q_proj", "v_proj"),
@@ -29,7 +31,7 @@ each_mode = pytest.mark.parametrize("mode", list(SharingMode))
 
 
 def assert_kernels(recorder: Recorder) -> None:
-    made = recorder.engine._runner._attention
+    made = recorder.engine._runner.attention
     assert made.__class__.__name__ == "KernelAttention", "the engine did not use the kernels"
 
 
@@ -135,36 +137,52 @@ def test_bfloat16_is_as_near_to_float32_as_plain_torch(mode: SharingMode, family
 
 @pytest.mark.parametrize("apart", [False, True], ids=["beside", "apart"])
 def test_what_a_step_hands_to_the_kernels(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of one tensor where LR lies with the base cache, spans of one role, and nothing written that exists."""
-    seen: list[KernelPass] = []
-    attend = KernelPass.attend
+    """Tables of where everything lies, long pieces apart from short ones, and nothing written that exists."""
+    of_step = KernelAttention.of_step
+    seen: list[tuple[int, int, int]] = []
 
-    def watched(self: KernelPass, *args: Any) -> torch.Tensor:
-        seen.append(self)
-        return attend(self, *args)
+    def checked(self: KernelAttention, step: Step, tensors: StepTensors, route: Route) -> KernelPass:
+        made = of_step(self, step, tensors, route)
+        assert (self.tables.base is self.tables.low) != apart
+        unwritten = spans = 0
+        for at, piece in enumerate(step.pieces):
+            lease, row = piece.sequence.held, piece.sequence.row
+            new = slice(int(step.query_start[at]), int(step.query_start[at + 1]))
+            assert self.tables.base[row, : piece.end].tolist() == lease.base_slots[: piece.end].tolist()
+            low = lease.lr_slots if apart else lease.base_slots
+            assert self.tables.low[row, : piece.end].tolist() == low[: piece.end].tolist()
+            assert tensors.positions[new].tolist() == list(range(piece.start, piece.end))
+            assert tensors.low_slots[new].tolist() == low[piece.start : piece.end].tolist()
+            for position, slot in zip(range(piece.start, piece.end), tensors.base_slots[new].tolist(), strict=True):
+                assert slot == (-1 if position < lease.base_reused else lease.base_slots[position])
+                unwritten += slot == -1
+        assert (tensors.base_slots[: step.base_from] == -1).all()
+        assert made.groups[0].start == 0
+        assert made.groups[-1].end == len(step.tokens)
+        for group in made.groups:
+            batch = group.batch
+            assert (batch.spans is not None) == (batch.most_new > SHORT)
+            assert batch.query_start.tolist()[0] == 0
+            assert batch.query_start.tolist()[-1] == len(batch.roles) == group.end - group.start
+            if batch.spans is not None:
+                assert batch.roles.tolist() == [span.role for span in batch.spans for _ in range(span.start, span.end)]
+                spans += len(batch.spans)
+        seen.append((len(made.groups), unwritten, spans))
+        return made
 
-    monkeypatch.setattr(KernelPass, "attend", watched)
+    monkeypatch.setattr(KernelAttention, "of_step", checked)
     mode = SharingMode.BASE_SHARED if apart else SharingMode.BASE_LR_SHARED
-    for recorder, *_ in drive(mode, make_adapter_set(tiny_model(), ROLES), by_kernels="torch"):
-        size = recorder.engine.cache.base_pool.size
-    unwritten = 0
-    for made in seen:
-        batch = made.batch
-        assert (batch.slots is batch.low_slots) != apart
-        spans = batch.spans
-        assert spans is not None
-        roles = [span.role for span in spans for _ in range(span.start, span.end)]
-        assert roles == batch.roles.tolist() == made.route.roles.tolist()
-        rows = torch.tensor([span.row for span in spans for _ in range(span.start, span.end)])
-        ends = [span.context - span.end + token for span in spans for token in range(span.start, span.end)]
-        assert ends == made.positions.tolist()
-        at = batch.slots[rows, made.positions.long()]
-        assert ((made.base_slots == at) | (made.base_slots == -1)).all()
-        assert (made.low_slots == batch.low_slots[rows, made.positions.long()]).all()
-        assert int(batch.slots.max()) < size
-        unwritten += int((made.base_slots == -1).sum())
-    assert (unwritten > 0) == apart
-    assert any(len(made.batch.spans or ()) > 1 for made in seen) != apart
+    recorder = Recorder(tiny_engine(mode, by_kernels="torch", token_budget=64))
+    first, second = list(range(20, 50)), list(range(60, 85))
+    speakers = ["base"] * 10 + ["plan"] * 15
+    recorder.ask("plan", first, 3, position_roles=[*speakers, *["action"] * 5])
+    recorder.submit("action", [*first, 7, 8, 9], 6, position_roles=[*speakers, *["action"] * 8])
+    recorder.engine.step()
+    recorder.submit("reflect", second, 2, position_roles=speakers)
+    recorder.finish()
+    assert {groups for groups, _, _ in seen} == {1, 2}
+    assert any(unwritten for _, unwritten, _ in seen) == apart
+    assert any(spans > 1 for _, _, spans in seen) != apart
 
 
 @pytest.mark.gpu

@@ -196,7 +196,7 @@ def test_other_weights_under_an_old_name_never_hit_old_entries(mode: SharingMode
     after = Recorder(tiny_engine(mode, _reloaded(old, 0)))
     cache = before.engine.cache
     after.engine._scheduler.cache = cache
-    after.engine._runner._attention = before.engine._runner._attention
+    after.engine._runner.attention = before.engine._runner.attention
     cache.set_live_writers([role.reader.writer for role in after.engine.roles.values()])
     usage = after.ask("plan", ids).usage
     assert usage is not None

@@ -1,0 +1,92 @@
+"""Steps as CUDA graphs, captured before the first request: decode batches, and short appends among them.
+
+A step of few tokens is some hundred launches of a few microseconds each; launched one by one they would take ten times
+as long as the device needs. A graph is captured for each of a ladder of sizes, and a step runs in the smallest that
+holds it. What a graph reads lies in static tensors, which the host fills before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lragent.serve.engine.step import Step
+from lragent.serve.engine.step_tensors import StepTensors
+
+DECODE = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sequences of one new token each."""
+APPEND = (16, 32, 64, 128, 256, 512)
+"""New tokens, of as many sequences or fewer."""
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The sizes of a graph: of tokens, of sequences, and of tokens that one sequence may have."""
+
+    tokens: int
+    sequences: int
+    most_new: int
+
+    def holds(self, step: Step) -> bool:
+        """Whether a step fits."""
+        return len(step.tokens) <= self.tokens and len(step.pieces) <= self.sequences and step.most_new <= self.most_new
+
+
+def ladder(rows: int) -> list[Bucket]:
+    """The sizes for at most `rows` sequences at once, the cheapest first."""
+    decode = [count for count in DECODE if count < rows] + [rows]
+    buckets = [Bucket(count, count, 1) for count in decode]
+    return sorted(buckets + [Bucket(tokens, min(tokens, rows), tokens) for tokens in APPEND])
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    tensors: StepTensors
+    logits: torch.Tensor
+
+
+class StepGraphs:
+    """The graphs of one engine. nobody: the row that tokens of nobody are drawn for."""
+
+    def __init__(self, nobody: int) -> None:
+        self._nobody = nobody
+        self._captured: dict[Bucket, _Captured] = {}
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        forward: Callable[[StepTensors, int], torch.Tensor],
+        buckets: Sequence[Bucket],
+        device: torch.device,
+        tell: Callable[[Bucket], None],
+    ) -> None:
+        """Capture `forward`, which gives logits for static tensors and the most new tokens of a sequence.
+
+        The largest first, so that the others find room in its memory. tell: called before each.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in sorted(buckets, reverse=True):
+            tell(bucket)
+            tensors = StepTensors.empty(bucket.tokens, bucket.sequences, device)
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # compiles what is not compiled yet
+                forward(tensors, bucket.most_new)
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = forward(tensors, bucket.most_new)
+            self._captured[bucket] = _Captured(graph, tensors, logits)
+        self._captured = dict(sorted(self._captured.items()))
+
+    def run(self, step: Step) -> tuple[torch.Tensor | None, StepTensors | None]:
+        """Logits [n, vocab] of a step, valid until the next one, and its tensors; None where no graph holds it."""
+        for bucket, captured in self._captured.items():
+            if bucket.holds(step):
+                captured.tensors.fill(step, self._nobody)
+                captured.graph.replay()
+                return captured.logits[: len(step.keep)], captured.tensors
+        return None, None
