@@ -39,17 +39,15 @@ def choose(logits: torch.Tensor, wishes: Sequence[Wish]) -> torch.Tensor:
     that for sorted ones.
     """
     vocab = logits.shape[1]
-    numbers = on_device(
-        [
-            [wish.uniform for wish in wishes],
-            [max(wish.params.temperature, _COLDEST) for wish in wishes],
-            [wish.params.min_p for wish in wishes],
-            # Off is the last token's place, and a mass that no rounding reaches.
-            [(min(wish.params.top_k, vocab) or vocab) - 1 for wish in wishes],
-            [wish.params.top_p if wish.params.top_p < 1.0 else 2.0 for wish in wishes],
-        ],
-        logits.device,
-    ).unsqueeze(-1)  # [5, n, 1]
+    columns: list[list[float]] = [
+        [wish.uniform for wish in wishes],
+        [max(wish.params.temperature, _COLDEST) for wish in wishes],
+        [wish.params.min_p for wish in wishes],
+        # Off is the last token's place, and a mass that no rounding reaches.
+        [(min(wish.params.top_k, vocab) or vocab) - 1 for wish in wishes],
+        [wish.params.top_p if wish.params.top_p < 1.0 else 2.0 for wish in wishes],
+    ]
+    numbers = on_device(columns, logits.device).unsqueeze(-1)  # [5, n, 1]
     scaled = logits.float() / numbers[1].float()
     scaled = scaled.nan_to_num(nan=float("-inf"), posinf=torch.finfo(torch.float32).max, neginf=float("-inf"))
     ids = None

@@ -71,16 +71,14 @@ class Penalties:
         for at, (ids, values) in biased:
             logits[at].index_add_(0, ids, values)
         if penalised:
-            numbers = on_device(
-                [
-                    [at for at, _, _ in penalised],
-                    [place for _, place, _ in penalised],
-                    [params.repetition_penalty for _, _, params in penalised],
-                    [params.frequency_penalty for _, _, params in penalised],
-                    [params.presence_penalty for _, _, params in penalised],
-                ],
-                self._device,
-            )
+            columns: list[list[float]] = [
+                [at for at, _, _ in penalised],
+                [place for _, place, _ in penalised],
+                [params.repetition_penalty for _, _, params in penalised],
+                [params.frequency_penalty for _, _, params in penalised],
+                [params.presence_penalty for _, _, params in penalised],
+            ]
+            numbers = on_device(columns, self._device)
             at, places = numbers[:2].long()
             repetition, frequency, presence = numbers[2:].float().unsqueeze(-1)
             counts = self._counts.index_select(0, places)

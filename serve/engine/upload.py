@@ -8,7 +8,7 @@ import torch
 
 
 def on_device(
-    numbers: Sequence[Sequence[float]] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64
+    numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """`numbers` as a tensor on `device`; float64 holds indices exactly too, so that one transfer carries both.
 

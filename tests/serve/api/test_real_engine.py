@@ -167,13 +167,26 @@ def test_a_seed_repeats_itself(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_ids_and_logprobs_are_those_of_all_tokens(client: openai.OpenAI, service: EngineService, stream: bool) -> None:
+    extra = {"return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.2}
+    options: dict[str, Any] = {"model": "plan", "prompt": "the inn", "max_tokens": 9, "logprobs": 2, "stream": stream}
+    answer = client.completions.create(**options, seed=3, extra_body=extra)
+    parts: list[Any] = [each.choices[0] for each in (answer if stream else [answer])]
+    assert parts[0].prompt_token_ids == service.tokenizer("the inn").input_ids
+    ids = [token for part in parts for token in part.token_ids]
+    assert len(ids) == sum(len(part.logprobs.tokens) for part in parts) == 9
+    assert service.tokenizer.decode(ids, skip_special_tokens=True) == "".join(part.text for part in parts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_leaves_nothing_running(http: httpx.Client, service: EngineService, stream: bool) -> None:
     wait_until(lambda: service.stats().running == 0)
     body = {"model": "plan", "prompt": "the", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
     finished = service.stats().finished
     if stream:
         with http.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_bytes())
+            pieces = answer.iter_bytes()  # held: dropping it closes the connection
+            next(pieces)
             wait_until(lambda: service.stats().running == 1)
     else:
         with pytest.raises(httpx.ReadTimeout):
@@ -196,6 +209,7 @@ def test_a_client_that_goes_leaves_nothing_running(http: httpx.Client, service: 
         ("/v1/chat/completions", {"messages": [*QUESTION, {"role": "user", "content": 7}]}, "messages[2].content"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 1025}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": QUESTION, "logit_bias": {"300": 1}, "stream": True}, "logit_bias"),
     ],
 )
 def test_what_the_engine_refuses_is_a_400(http: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:

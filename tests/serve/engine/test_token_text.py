@@ -1,0 +1,34 @@
+"""The bytes of single tokens, for the kinds of vocabulary that models have."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import SPECIAL_TOKENS, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from lragent.serve.engine.token_text import TokenText
+
+
+@pytest.mark.parametrize("text", ["the inn and the stone", "é€😀\n\t\x00 ", bytes(range(32, 127)).decode()])
+def test_byte_level_tokens_add_up_to_the_text(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    said = TokenText(tokenizer)
+    assert b"".join(said.bytes_of(token) for token in tokenizer(text).input_ids) == text.encode()
+
+
+def test_special_tokens_say_their_name_and_ids_beyond_the_vocabulary_nothing() -> None:
+    said = TokenText(tiny_tokenizer())
+    assert [said.bytes_of(token).decode() for token in range(3)] == list(SPECIAL_TOKENS)
+    assert [said.is_special(token) for token in (0, 2, 3)] == [True, True, False]
+    assert said.bytes_of(299) == b""
+
+
+def test_a_vocabulary_of_characters_with_single_bytes() -> None:
+    pieces = ["<unk>", "<0xE2>", "<0x0A>", "▁the", "▁", "Ġ", "é"]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    said = TokenText(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert [said.bytes_of(token) for token in range(7)] == [
+        b"<unk>", b"\xe2", b"\n", b" the", b" ", "Ġ".encode(), "é".encode(),
+    ]  # fmt: skip
