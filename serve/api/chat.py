@@ -56,7 +56,7 @@ async def _prepare(context: Context, asked: ChatRequest) -> GenerationRequest:
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         role=role,
         prompt=prompt,
-        params=asked.sampling(default_max_tokens=service.max_model_len - len(prompt.token_ids)),
+        params=asked.sampling(default_max_tokens=service.max_model_len - len(prompt.ids)),
         salt=asked.salt,
     )
 
@@ -94,7 +94,7 @@ def _details(context: Context, asked: ChatRequest, said: Answer | Chunk) -> dict
 
 
 def _prompt_ids(asked: ChatRequest, generation: GenerationRequest) -> dict[str, Any]:
-    return {"prompt_token_ids": list(generation.prompt.token_ids)} if asked.return_token_ids else {}
+    return {"prompt_token_ids": generation.prompt.ids.tolist()} if asked.return_token_ids else {}
 
 
 def _head(asked: ChatRequest, generation: GenerationRequest, kind: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class _Choice:
         self._index = index
         self._logprobs = None if asked.logprobs is None else CompletionLogprobs(context.token_text)
         self._token_ids = bool(asked.return_token_ids)
-        self._prompt_ids = list(generation.prompt.token_ids) if self._token_ids else None
+        self._prompt_ids = generation.prompt.ids.tolist() if self._token_ids else None
 
     def body(self, said: Answer | Chunk) -> dict[str, Any]:
         """What comes next of it, the first time with the prompt's ids where these are asked for."""

@@ -35,9 +35,9 @@ class Answer:
 
 def check_room(field: str, prompt: Prompt, max_model_len: int) -> None:
     """Raise ApiError naming `field` unless one token can follow `prompt` in a context of `max_model_len`."""
-    if len(prompt.token_ids) >= max_model_len:
+    if len(prompt.ids) >= max_model_len:
         raise bad_request(
-            f"{field}: {len(prompt.token_ids)} tokens leave no room for an answer in a context of {max_model_len}; "
+            f"{field}: {len(prompt.ids)} tokens leave no room for an answer in a context of {max_model_len}; "
             "shorten it, or start the server with a larger --max-model-len if the model allows.",
             code="context_length_exceeded",
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lragent.errors import UserError
 from lragent.modes import SharingMode
+from lragent.serve.cache.radix import Ints
 from lragent.serve.cache.role_cache import Lease, RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.launched import Launched
@@ -109,15 +111,15 @@ class Engine:
         if request.role not in self.roles:
             known = ", ".join(self.roles)
             raise UnknownRoleError(f"model: the role {request.role!r} is not loaded; loaded are {known}.")
-        ids = request.prompt.token_ids
-        if not ids:
+        ids = request.prompt.ids
+        if not len(ids):
             raise UserError("prompt: must hold at least one token.")
         if len(ids) >= self.limits.max_context:
             raise ContextFullError(
                 f"prompt: {len(ids)} tokens leave no room for an answer in a context of {self.limits.max_context}; "
                 "shorten it or start the server with a larger --max-model-len."
             )
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise UserError(f"prompt: token ids must be between 0 and {self._vocab_size - 1}.")
         if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
             raise UserError(f"logit_bias: token ids must be between 0 and {self._vocab_size - 1}.")
@@ -135,7 +137,7 @@ class Engine:
             request=request,
             role=role,
             tags=self._tags(request, role),
-            capacity=min(self.limits.max_context, len(request.prompt.token_ids) + request.params.max_tokens),
+            capacity=min(self.limits.max_context, len(request.prompt.ids) + request.params.max_tokens),
             seed=self._seed if request.params.seed is None else request.params.seed,
             detokenizer=Detokenizer(self.tokenizer, request.params.stop),
             on_chunk=on_chunk,
@@ -143,14 +145,14 @@ class Engine:
         self._open[request.request_id] = sequence
         self._scheduler.add(sequence)
 
-    def _tags(self, request: GenerationRequest, role: EngineRole) -> list[int]:
-        """Who is to write each prompt position. Roles that are not loaded are stood in for by the one asked for."""
-        size = len(request.prompt.token_ids)
-        names = request.prompt.position_roles
-        if names is None or not self.sharing.one_writer_per_token:
-            return [role.reader.writer] * size
-        tags = [self.roles.get(name, role).reader.writer for name in names]
-        tags[size - request.prompt.opening :] = [role.reader.writer] * request.prompt.opening
+    def _tags(self, request: GenerationRequest, role: EngineRole) -> Ints:
+        """[P], who is to write each prompt position. The role asked for stands in for those that are not loaded."""
+        size, speakers = len(request.prompt.ids), request.prompt.speakers
+        if speakers is None or not self.sharing.one_writer_per_token:
+            return np.full(size, role.reader.writer, np.int64)
+        writers = [self.roles.get(name, role).reader.writer for name, _ in speakers]
+        tags = np.repeat(np.array(writers, np.int64), [count for _, count in speakers])
+        tags[size - request.prompt.opening :] = role.reader.writer
         return tags
 
     def cancel(self, request_id: str) -> None:
@@ -195,7 +197,11 @@ class Engine:
             request = sequence.request
             self._begun[sequence.row] = sequence.held
             self._runner.sampler.begin(
-                sequence.row, request.params, sequence.seed, request.prompt.token_ids, sequence.generated
+                sequence.row,
+                request.params,
+                sequence.seed,
+                request.prompt.ids.tolist() if request.params.penalised else (),
+                sequence.generated,
             )
 
     def _read(self, launched: Launched) -> None:
@@ -246,7 +252,7 @@ class Engine:
         if ids and ids[-1] in self._end_tokens:
             ids = ids[:-1]
         request = sequence.request
-        self.turns.remember(request.salt, request.prompt.token_ids, sequence.detokenizer.text, tuple(ids))
+        self.turns.remember(request.salt, request.prompt.ids, sequence.detokenizer.text, tuple(ids))
 
     def fail_all(self, error: str) -> None:
         """End every request with an error, after a fault of a step."""

@@ -69,18 +69,18 @@ class Scheduler:
         """A piece was given to the device."""
         sequence = piece.sequence
         sequence.computed = piece.end
-        if piece.end == len(sequence.request.prompt.token_ids):  # it is complete: others may use it from now on
+        if piece.end == len(sequence.request.prompt.ids):  # it is complete: others may use it from now on
             self.cache.commit(sequence.held, piece.end)
 
     def _admit(self) -> None:
         """Let the first that waits run, if there is room for what is known of it: else it would only be preempted."""
         sequence = self.waiting[0]
         prompt = sequence.request.prompt
-        tokens = np.array([*prompt.token_ids, *sequence.generated], dtype=np.int64)
-        own = [sequence.role.reader.writer] * len(sequence.generated)
+        tokens = np.concatenate([prompt.ids, np.array(sequence.generated, np.int64)])
+        own = np.full(len(sequence.generated), sequence.role.reader.writer, np.int64)
         lease = self.cache.open(
             tokens,
-            np.array([*sequence.tags, *own], dtype=np.int64),
+            np.concatenate([sequence.tags, own]),
             opening=prompt.opening + len(sequence.generated),
             reader=sequence.role.reader,
             salt=sequence.request.salt,
@@ -96,7 +96,7 @@ class Scheduler:
         sequence.row = next(row for row in range(self.max_sequences) if row not in taken)
         sequence.computed = lease.lr_reused if self.cache.own_residuals else lease.base_reused
         if sequence.usage_at_start is None:
-            size = len(prompt.token_ids)
+            size = len(prompt.ids)
             sequence.usage_at_start = Usage(
                 prompt_tokens=size,
                 completion_tokens=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lragent.serve.cache.radix import Ints
 from lragent.serve.cache.role_cache import Lease, Reader
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
@@ -23,14 +24,15 @@ class EngineRole:
 class Sequence:
     """One request in the scheduler's hands.
 
-    tags: who is to write each prompt position. seed: of its random draws. generated: answer tokens; the last one is not
-    computed yet. last_logprob: of the last one, where asked for. lease: None while waiting. computed: positions whose
-    cache is written (or was found).
+    tags: [P], who is to write each prompt position. seed: of its random draws. generated: answer tokens that are known;
+    the last one is not computed yet. last_logprob: of the last one, where asked for. lease: None while waiting. row: in
+    0 … the most that run at once - 1, -1 while waiting. computed: positions whose cache is written, found, or
+    being written by a launched step. in_flight: tokens that were drawn and are not known yet.
     """
 
     request: GenerationRequest
     role: EngineRole
-    tags: list[int]
+    tags: Ints
     capacity: int
     seed: int
     detokenizer: Detokenizer
@@ -53,7 +55,7 @@ class Sequence:
     @property
     def full(self) -> bool:
         """Whether the answer has all the tokens that it may have."""
-        known = len(self.request.prompt.token_ids) + len(self.generated)
+        known = len(self.request.prompt.ids) + len(self.generated)
         return len(self.generated) == self.request.params.max_tokens or known > self.capacity
 
     @property
@@ -61,11 +63,11 @@ class Sequence:
         """Positions that may stay cached: computed, of known tokens, and not beyond the end of the answer."""
         if not self.generated:
             return self.computed
-        return min(self.computed, len(self.request.prompt.token_ids) + len(self.generated) - 1)
+        return min(self.computed, len(self.request.prompt.ids) + len(self.generated) - 1)
 
     def take(self, token: int) -> None:
         """A token that was drawn is known now."""
-        position = len(self.request.prompt.token_ids) + len(self.generated)
+        position = len(self.request.prompt.ids) + len(self.generated)
         self.generated.append(token)
         if self.lease is not None and position < self.lease.length:
             self.lease.tokens[position] = token
@@ -78,7 +80,7 @@ class Sequence:
 
     def usage(self) -> Usage:
         """What this request cost up to now."""
-        start = self.usage_at_start or Usage(len(self.request.prompt.token_ids), 0, 0, 0, 0, 0)
+        start = self.usage_at_start or Usage(len(self.request.prompt.ids), 0, 0, 0, 0, 0)
         return Usage(
             prompt_tokens=start.prompt_tokens,
             completion_tokens=len(self.generated),

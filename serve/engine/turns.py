@@ -8,6 +8,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+Context = Sequence[int] | npt.NDArray[np.int64]
 
 
 class TurnMemory:
@@ -21,7 +24,7 @@ class TurnMemory:
         self._turns: OrderedDict[tuple[str, bytes, str], tuple[int, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def remember(self, salt: str, context: Sequence[int], text: str, ids: tuple[int, ...]) -> None:
+    def remember(self, salt: str, context: Context, text: str, ids: tuple[int, ...]) -> None:
         """`text` was generated as `ids` (without the end-of-turn token) after `context`."""
         key = (salt, _digest(context), text)
         with self._lock:
@@ -30,7 +33,7 @@ class TurnMemory:
             while len(self._turns) > self._capacity:
                 self._turns.popitem(last=False)
 
-    def recall(self, salt: str, context: Sequence[int], text: str) -> list[int] | None:
+    def recall(self, salt: str, context: Context, text: str) -> list[int] | None:
         """The ids that `text` was generated as, or None."""
         key = (salt, _digest(context), text)
         with self._lock:
@@ -41,5 +44,5 @@ class TurnMemory:
             return list(ids)
 
 
-def _digest(context: Sequence[int]) -> bytes:
+def _digest(context: Context) -> bytes:
     return hashlib.blake2b(np.asarray(context, dtype=np.int64).tobytes(), digest_size=16).digest()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
 
 from lragent.errors import LRAgentError, UserError
 
@@ -100,20 +106,42 @@ class SamplingParams:
                 raise UserError(f"{name}: {mend}, not {getattr(self, name)!r}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A context in tokens, with what is known of who speaks in it.
 
-    token_ids: the whole context, at least one token.
+    token_ids: the whole context, at least one token; kept as an array [P], which a long context is best given as.
     position_roles: the role that processes each position where no cache holds it; None = the role asked for. Used in
         the modes with one writer per token; in the others the role asked for processes all.
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
         only entries that this role wrote.
     """
 
-    token_ids: tuple[int, ...]
-    position_roles: tuple[str, ...] | None = None
+    token_ids: Sequence[int] | npt.NDArray[np.int64]
+    position_roles: Sequence[str] | None = None
     opening: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number that no token can have."""
+        try:
+            ids = np.array(self.token_ids, dtype=np.int64)
+        except OverflowError:
+            raise UserError("prompt: a token id does not fit in 64 bits.") from None
+        ids.flags.writeable = False
+        object.__setattr__(self, "token_ids", ids)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """[P], the context; read only."""
+        assert isinstance(self.token_ids, np.ndarray)
+        return self.token_ids
+
+    @cached_property
+    def speakers(self) -> tuple[tuple[str, int], ...] | None:
+        """`position_roles` as runs: a role, and how many positions it has."""
+        if self.position_roles is None:
+            return None
+        return tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class FakeService:
         self.stopped.set()
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        text = self.tokenizer.decode(request.prompt.token_ids)
+        text = self.tokenizer.decode(request.prompt.ids.tolist())
         self._refuse(request, text)
         self.requests.append(request)
         self.running.add(request.request_id)
@@ -129,7 +129,7 @@ class FakeService:
             raise QueueFullError("9 requests wait already; try again in a moment.")
         if "BUG" in text:
             raise RuntimeError("a secret of the machine")
-        if not request.prompt.token_ids:
+        if not len(request.prompt.ids):
             raise UserError("prompt: must hold at least one token.")
 
     def _chunks(self, request: GenerationRequest, text: str, gone: threading.Event) -> Iterator[Chunk]:
@@ -169,7 +169,7 @@ class FakeService:
             yield "."
 
     def _usage(self, request: GenerationRequest, generated: int) -> Usage:
-        prompt = len(request.prompt.token_ids)
+        prompt = len(request.prompt.ids.tolist())
         reused = min(prompt - 1, 5)
         return Usage(prompt, generated, prompt - reused + 2, reused, lr_reused=reused - 2, lr_prefilled=2)
 

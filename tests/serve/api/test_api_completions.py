@@ -17,7 +17,7 @@ def test_every_form_of_prompt(client: openai.OpenAI, service: FakeService, promp
     assert answer.choices[0].text == "plan:hi"
     assert answer.choices[0].finish_reason == "stop"
     request = service.requests[-1]
-    assert request.prompt.token_ids == (BOS, *HI)
+    assert request.prompt.ids.tolist() == [BOS, *HI]
     assert request.prompt.position_roles is None
     assert request.prompt.opening == 1
     assert request.request_id == answer.id
@@ -25,7 +25,7 @@ def test_every_form_of_prompt(client: openai.OpenAI, service: FakeService, promp
 
 def test_special_tokens_may_be_left_out(client: openai.OpenAI, service: FakeService) -> None:
     client.completions.create(model="plan", prompt="hi", extra_body={"add_special_tokens": False})
-    assert service.requests[-1].prompt.token_ids == tuple(HI)
+    assert service.requests[-1].prompt.ids.tolist() == HI
 
 
 def test_sixteen_tokens_unless_told(client: openai.OpenAI) -> None:

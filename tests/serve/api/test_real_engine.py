@@ -218,7 +218,7 @@ def test_what_the_engine_refuses_is_a_400(http: httpx.Client, path: str, body: d
     assert answer.json()["error"]["param"] == param
 
 
-@pytest.mark.parametrize("broken", ["runner.Runner.run", "scheduler.Scheduler.remove"])
+@pytest.mark.parametrize("broken", ["runner.Runner.launch", "scheduler.Scheduler.remove"])
 def test_a_fault_of_the_engine_ends_open_requests_and_is_told_by_health(
     files: tuple[Path, Path], broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
