@@ -10,14 +10,17 @@ from engines import Recorder, tiny_engine
 
 from lragent.errors import UserError
 
+FEW = tuple((token, 20.0) for token in range(40, 50))
+"""Leaves ten tokens, so that they come again and penalties matter."""
 ASKED: tuple[dict[str, Any], ...] = (
-    {"temperature": 1.0, "seed": 1},
-    {"temperature": 0.7, "seed": 2, "top_k": 20, "frequency_penalty": 1.0},
-    {"temperature": 1.0, "seed": 3, "top_p": 0.8, "repetition_penalty": 1.3},
-    {"presence_penalty": 1.5, "repetition_penalty": 1.2},
-    {"temperature": 1.3, "seed": 5, "min_p": 0.05, "logit_bias": ((7, 3.0),), "logprobs": 2},
     {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "seed": 2, "top_p": 0.8, "repetition_penalty": 1.3, "logit_bias": FEW},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": FEW},
+    {"temperature": 0.5, "seed": 4, "top_k": 20, "frequency_penalty": 2.0, "logit_bias": FEW},
+    {"temperature": 1.3, "seed": 5, "min_p": 0.05, "presence_penalty": 2.0, "logit_bias": FEW, "logprobs": 2},
 )
+"""Those that come last are preempted: their penalties must resume with what was said."""
 
 
 def prompt_of(number: int) -> list[int]:

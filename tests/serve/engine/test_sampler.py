@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lragent.errors import UserError
+from lragent.serve.engine.choose import Wish, choose
 from lragent.serve.engine.sampler import BatchSampler, Drawn
 from lragent.serve.engine.types import SamplingParams
 from lragent.serve.engine.uniform import stream_of, uniform
@@ -358,6 +359,20 @@ def test_a_broken_row_gives_a_valid_id_and_leaves_the_others_alone(broken: float
     for count in (1, 50):
         logits[1::2, :count] = broken
         assert Batch(MIXED * 2, 50, device).draw(logits).tokens[::2].tolist() == sound.tolist()
+
+
+def test_a_row_without_a_probability_gives_token_0() -> None:
+    for broken in (float("nan"), float("-inf")):
+        for options in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.01}):
+            params = SamplingParams(**options)  # type: ignore[arg-type]
+            assert set(drawn_many(torch.full((9,), broken), params, 20).tolist()) == {0}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}], ids=str)
+def test_a_number_beyond_the_rounded_sum_takes_the_best(options: dict[str, int]) -> None:
+    """1 stands for what rounding can make of numbers just below it: the last tokens have no probability at all."""
+    logits = torch.tensor([[1.0, 2.0, float("-inf"), float("-inf")]])
+    assert choose(logits, [Wish(SamplingParams(**options), 1.0)]).tolist() == [1]  # type: ignore[arg-type]
 
 
 def test_a_token_that_is_not_a_number_is_not_drawn_while_there_are_others() -> None:
