@@ -14,11 +14,11 @@ class FusedNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight, self.eps = norm_of(norm)
+        self.norm = norm
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [1, T, d]."""
-        return normalise(hidden[0], self.weight, self.eps).unsqueeze(0)
+        return normalise(hidden[0], *norm_of(self.norm)).unsqueeze(0)
 
 
 class FusedHead(nn.Module):

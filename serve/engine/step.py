@@ -21,14 +21,14 @@ SHORT = 16
 class Step:
     """The flat batch of one step: T tokens in S pieces, of which n yield a token.
 
-    pieces: those first that write no base cache (LR prefills), then long ones, then short ones. yielding: those that
-    yield a token, in order. tokens: [T]; one that the step before draws, and so is not known yet, is given as -1 - row
-    of its sequence. positions, roles: [T], who processes each token. base_slots, low_slots: [T], where its base and LR
-    cache are written, -1 where they are not. query_start: [S + 1], where each piece begins. context: [S], positions of
-    its sequence up to its last token. rows: [S], its sequence's row. keep: [n], which tokens' logits are wanted, and
-    drawn_rows: [n], the rows of their sequences. base_from: the tokens before it write no base cache. short_from: the
-    first of the short pieces. low_apart: whether LR caches lie in slots of their own, rather than each beside its base
-    cache.
+    pieces: long ones before short ones, and of the long ones those first that write no base cache (LR prefills), or not
+    at once. yielding: those that yield a token, in order. tokens: [T]; one that the step before draws, and so is not
+    known yet, is given as -1 - row of its sequence. positions, roles: [T], who processes each token. base_slots,
+    low_slots: [T], where its base and LR cache are written, -1 where they are not. query_start: [S + 1], where each
+    piece begins. context: [S], positions of its sequence up to its last token. rows: [S], its sequence's row. keep: [n],
+    which tokens' logits are wanted, and drawn_rows: [n], the rows of their sequences. base_from: the tokens before it
+    write no base cache. short_from: the first of the short pieces. low_apart: whether LR caches lie in slots of their
+    own, rather than each beside its base cache.
     """
 
     pieces: tuple[Piece, ...]
@@ -77,9 +77,9 @@ class Step:
             starts.append(new.stop)
             if piece.yields_token:
                 keep.append(new.stop - 1)
-            leading = leading and end <= lease.base_reused
             if leading:
-                base_from = new.stop
+                base_from = at + min(max(0, lease.base_reused - start), end - start)
+                leading = base_from == new.stop
             if end - start > SHORT:
                 short_from = index + 1
         return cls(
@@ -102,9 +102,10 @@ class Step:
 
 
 def _order(piece: Piece) -> int:
-    if piece.end <= piece.sequence.held.base_reused and piece.end - piece.start > SHORT:
-        return 0
-    return 1 if piece.end - piece.start > SHORT else 2
+    if piece.end - piece.start <= SHORT:
+        return 3
+    reused = piece.sequence.held.base_reused
+    return 0 if piece.end <= reused else 1 if piece.start < reused else 2
 
 
 def _roles(piece: Piece, low_apart: bool, role_of: Mapping[int, int]) -> int | Ints:
