@@ -208,6 +208,23 @@ def _attend_span(
     return part
 
 
+def shapes_ahead(tokens: int, most_context: int) -> list[tuple[int, int, bool]]:
+    """What cuDNN will be asked for chunks of `tokens` (a multiple of NEAR) in contexts up to `most_context`: queries,
+    keys, causal."""
+    squares = [(tokens + lag, tokens + lag, True) for lag in range(0, FAR + 1, NEAR) if tokens + lag <= most_context]
+    return squares + [(tokens, far, False) for far in range(FAR, most_context - tokens + 1, FAR)]
+
+
+def plan_shape(
+    shape: tuple[int, int, bool], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Let cuDNN plan for one of `shapes_ahead` before somebody waits for it."""
+    queries, context, causal = shape
+    query = torch.zeros(queries, heads, dim, dtype=dtype, device=device)
+    keys = torch.zeros(context, kv_heads, dim, dtype=dtype, device=device)
+    _cudnn(query, keys, keys, causal, 1.0)
+
+
 def _cudnn(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

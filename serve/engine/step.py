@@ -25,10 +25,10 @@ class Step:
     at once. yielding: those that yield a token, in order. tokens: [T]; one that the step before draws, and so is not
     known yet, is given as -1 - row of its sequence. positions, roles: [T], who processes each token. base_slots,
     low_slots: [T], where its base and LR cache are written, -1 where they are not. query_start: [S + 1], where each
-    piece begins. context: [S], positions of its sequence up to its last token. rows: [S], its sequence's row. keep: [n],
-    which tokens' logits are wanted, and drawn_rows: [n], the rows of their sequences. base_from: the tokens before it
-    write no base cache. short_from: the first of the short pieces. low_apart: whether LR caches lie in slots of their
-    own, rather than each beside its base cache.
+    piece begins. context: [S], positions of its sequence up to its last token. rows: [S], its sequence's row. keep:
+    [n], which tokens' logits are wanted, and drawn_rows: [n], the rows of their sequences. base_from: the tokens before
+    it write no base cache. short_from: the first of the short pieces. low_apart: whether LR caches lie in slots of
+    their own, rather than each beside its base cache.
     """
 
     pieces: tuple[Piece, ...]
