@@ -17,8 +17,11 @@ from lragent.serve.engine.step_tensors import StepTensors
 
 DECODE = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sequences of one new token each."""
-APPEND = (16, 32, 64, 128, 256, 512)
+APPEND = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """New tokens, of as many sequences or fewer."""
+LONG_APPEND, LONG_CONTEXT = 256, 32_768
+"""More new tokens than this in a longer context than that are faster by cuDNN, which no graph can hold (its shapes
+differ with every length), though the host launches everything one by one."""
 
 
 @dataclass(frozen=True, order=True)
@@ -31,7 +34,10 @@ class Bucket:
 
     def holds(self, step: Step) -> bool:
         """Whether a step fits."""
-        return len(step.tokens) <= self.tokens and len(step.pieces) <= self.sequences and step.most_new <= self.most_new
+        fits = len(step.tokens) <= self.tokens and len(step.pieces) <= self.sequences
+        if not fits or step.most_new > self.most_new:
+            return False
+        return step.most_new <= LONG_APPEND or int(step.context.max()) <= LONG_CONTEXT
 
 
 def ladder(rows: int) -> list[Bucket]:

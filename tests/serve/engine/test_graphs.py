@@ -1,4 +1,4 @@
-"""Which graph a step runs in. That graphs give what eager steps give is held on a GPU (test_kernel_pass, test_ahead)."""
+"""Which graph a step runs in. On a GPU test_kernel_pass and test_ahead hold graphs to eager steps."""
 
 from __future__ import annotations
 
