@@ -21,6 +21,7 @@ from rich.table import Table
 from lragent.bench import machine
 from lragent.bench.cached_problem import DIM, HEADS, KV_HEADS, CachedProblem
 from lragent.bench.graphs import capture, microseconds
+from lragent.bench.products import PRODUCTS, measure
 from lragent.errors import LRAgentError, UserError
 from lragent.kernels.cached import LayerCache, Readers
 from lragent.kernels.low_rank import role_up
@@ -342,11 +343,28 @@ def grouped_up(bench: Bench, ranks: Sequence[int]) -> None:
                 bench.add("grouped B", name, us, moved=moved if tokens >= 512 else 0, error=error, note=note)
 
 
+def products(bench: Bench) -> None:
+    """A layer's products for few tokens. Bytes are those of the weights, once."""
+    for tokens in (1, 4, 16):
+        for product in PRODUCTS:
+            found = measure(product, tokens, bench.device)
+            note = f"cuBLAS with kernels around it {found.around:.2f} µs, alone {found.alone:.2f} µs"
+            bench.add(
+                "products",
+                f"{tokens} tokens, {product.name}",
+                found.ours,
+                moved=found.moved,
+                error=found.error,
+                note=note,
+            )
+
+
 PARTS: dict[str, Callable[[Bench, Sequence[int]], None]] = {
     "few": few_tokens,
     "long": long_prefill,
     "rotary": lambda bench, _: rotary_and_write(bench),
     "grouped": grouped_up,
+    "products": lambda bench, _: products(bench),
 }
 
 
