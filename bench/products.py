@@ -1,4 +1,4 @@
-"""The products of one layer of Llama-3.1-8B for few tokens, with all that stands around them, against cuBLAS's alone."""
+"""The products of a layer of Llama-3.1-8B for few tokens, with all that stands around them, against cuBLAS alone."""
 
 from __future__ import annotations
 
