@@ -7,9 +7,11 @@ given: then the field is not sent, and the ids are those of the answer's text, w
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +19,10 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from lragent.bench.clients import Answer, Cost
+from lragent.bench.playing import Load, Played, play
+from lragent.bench.traces import Planned
 from lragent.errors import LRAgentError, UserError
+from lragent.modes import SharingMode
 
 TIMEOUT_S = 600.0
 """Until the next piece of an answer."""
@@ -87,6 +92,44 @@ class Endpoint:
             )
         ids = self._tokenizer(pieces.text, add_special_tokens=False)["input_ids"]
         return Answer(tuple(ids), tuple(pieces.times), generated, _cost(pieces.usage))
+
+
+@dataclass(frozen=True)
+class EndpointSystem:
+    """An endpoint as the matrix measures it. name: what its rows are called. mode: whose floor it is held against.
+
+    role_names, models: the trace's roles, and the server's model name for each. vocabulary: ids below it are drawn.
+    """
+
+    name: str
+    base_url: str
+    mode: SharingMode
+    role_names: tuple[str, ...]
+    models: tuple[str, ...]
+    vocabulary: int
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def play(self, trace: Sequence[Planned], load: Load, *, seed: int, progress: Callable[[], None]) -> Played:
+        """See lragent.bench.playing.play."""
+
+        async def go() -> Played:
+            models = dict(zip(self.role_names, self.models, strict=True))
+            async with Endpoint(self.base_url, models, self.tokenizer) as client:
+                return await play(client, trace, load, vocabulary=self.vocabulary, seed=seed, progress=progress)
+
+        return asyncio.run(go())
+
+    def begin(self) -> None:
+        """Its cache cannot be emptied; every round's tokens are new to it."""
+
+    def memory(self) -> None:
+        """It does not say."""
+
+    def counters(self) -> None:
+        """It does not say."""
+
+    def close(self) -> None:
+        """It runs elsewhere."""
 
 
 class _Pieces:

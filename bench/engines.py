@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
 from lragent.bench.clients import InProcess
+from lragent.bench.playing import Load, Played, play
 from lragent.bench.shapes import Shape, random_model, stand_in_tokenizer
-from lragent.bench.traces import random_roles, team
+from lragent.bench.traces import Planned, random_roles, team
 from lragent.errors import UserError
 from lragent.models import fingerprint, load_model, load_tokenizer, resolve_model
 from lragent.modes import SharingMode
@@ -118,7 +120,6 @@ class MeasuredEngine:
         mode: SharingMode,
         roles: int,
         options: EngineOptions,
-        *,
         strict: bool = False,
     ) -> None:
         """`model` is changed in place. A cache that does not fit is made as large as fits; if `strict`, NoRoomError is
@@ -167,6 +168,15 @@ class MeasuredEngine:
         self._peak_base = max(self._peak_base, base)
         low = cache.lr_pool.used_count if cache.own_residuals else base
         self._peak_lr = max(self._peak_lr, low)
+
+    @property
+    def name(self) -> str:
+        """What its rows are called."""
+        return str(self.mode)
+
+    def play(self, trace: Sequence[Planned], load: Load, *, seed: int, progress: Callable[[], None]) -> Played:
+        """See lragent.bench.playing.play."""
+        return asyncio.run(play(self.client, trace, load, vocabulary=self.vocabulary, seed=seed, progress=progress))
 
     def begin(self) -> None:
         """A run begins: the cache is emptied, and what is counted counts from here."""
