@@ -66,6 +66,7 @@ class InProcess:
         times: list[float] = []
         params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
         name = f"bench-{next(self._numbers)}"
+        request = GenerationRequest(name, role, Prompt(tuple(prompt)), params)
         start = time.perf_counter()
 
         def take(chunk: Chunk) -> None:
@@ -76,7 +77,7 @@ class InProcess:
             if chunk.finish_reason is not None:
                 loop.call_soon_threadsafe(_resolve, ended, chunk)
 
-        self._service.submit(GenerationRequest(name, role, Prompt(tuple(prompt)), params), take)
+        self._service.submit(request, take)
         try:
             last = await ended
         except asyncio.CancelledError:

@@ -31,8 +31,10 @@ from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import EngineDeadError
 
-FREE_SHARE = {"cuda": 0.85, "cpu": 0.5}
-"""Of the memory that is free: the most that a cache takes. The rest is what a step computes with, and for others."""
+GPU_RESERVE = 5 << 30
+"""Bytes that no cache takes: what steps compute with, and what CUDA graphs hold."""
+CPU_SHARE = 0.5
+"""Of the memory that is free: the most that a cache takes. Others live there too."""
 
 
 class NoRoomError(UserError):
@@ -129,7 +131,7 @@ class MeasuredEngine:
         self.role_names = adapters.role_names[:roles]
         shape = _cache_shape(model, adapters, mode)
         self._base_bytes, self._lr_bytes = shape.base_bytes(base.dtype), shape.lr_bytes(base.dtype)
-        fitting = int(_free_bytes(base.device) * FREE_SHARE[base.device.type]) // (self._base_bytes + self._lr_bytes)
+        fitting = _room(base.device) // (self._base_bytes + self._lr_bytes)
         if strict and fitting < options.slots:
             raise NoRoomError(f"a cache of {options.slots} tokens does not fit; {fitting} do.")
         self.slots = min(options.slots, fitting)
@@ -265,9 +267,11 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _free_bytes(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free)
+def _room(device: torch.device) -> int:
+    """Bytes that a cache may take."""
+    if device.type == "cuda":
+        return max(0, torch.cuda.mem_get_info(device)[0] - GPU_RESERVE)
+    return int(psutil.virtual_memory().available * CPU_SHARE)
 
 
 def _weight_bytes(model: nn.Module) -> int:

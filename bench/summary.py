@@ -13,7 +13,8 @@ from lragent.bench.engines import Counters, Memory
 from lragent.bench.playing import Played
 from lragent.bench.roofline import Floor
 from lragent.bench.trace_plan import Entry
-from lragent.bench.traces import team
+from lragent.bench.traces import team, trace_work
+from lragent.modes import SharingMode
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def row(name: str, mode: str, entry: Entry, rounds: Sequence[Round], floor: Floo
         "floor": {key: _rounded(value) for key, value in floors.items()},
         "share": {key: _rounded(_share(key, figures[key], floors[key])) for key in floors},
         "memory": _memory(rounds),
+        "needed": _needed(mode, entry),
         "computed": _total([cost.computed for cost in costs]),
         "base_reused": _total([cost.base_reused for cost in costs]),
         "lr_reused": _total([cost.lr_reused for cost in costs]),
@@ -95,6 +97,12 @@ def row(name: str, mode: str, entry: Entry, rounds: Sequence[Round], floor: Floo
         **_counters(rounds),
         "failures": [failure for played in plays for failure in played.failures],
     }
+
+
+def _needed(mode: str, entry: Entry) -> int:
+    """Prompt tokens that the mode must compute where nothing is evicted: what `computed` should be."""
+    works = trace_work(entry.trace(team(entry.roles)), SharingMode(mode))
+    return entry.load.trajectories * sum(work.full + work.lr_only for work in works)
 
 
 def _share(key: str, figure: float | None, floor: float | None) -> float | None:

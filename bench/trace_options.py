@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     """All options."""
     made = argparse.ArgumentParser(
         prog="python -m lragent.bench trace",
-        description="Plays the paper's trajectory of 17 steps over several roles, in the sharing modes, one or many at\n"
-        "once, and says how near each figure comes to what the machine allows.",
+        description="Plays the paper's trajectory of 17 steps over several roles, in the sharing modes, one or many\n"
+        "at once, and says how near each figure comes to what the machine allows.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

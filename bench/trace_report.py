@@ -20,8 +20,8 @@ def show_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
     )  # fmt: skip
     costs = _table(
         "memory at its peak, in MiB, and prompt tokens of all trajectories",
-        "tokens", "roles", "load", "system", "weights", "base cache", "LR cache", "other", "computed", "base reused",
-        "LR reused", "preempted", "evicted",
+        "tokens", "roles", "load", "system", "weights", "base cache", "LR cache", "other", "computed", "needed",
+        "base reused", "LR reused", "preempted", "evicted",
     )  # fmt: skip
     last = None
     for row in rows:
@@ -40,7 +40,7 @@ def show_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
         evicted = [row["base_evicted"], row["lr_evicted"]]
         costs.add_row(
             *case, row["system"] + mark, *(_mebibytes(memory.get(part)) for part in ("weights", "base", "lr", "other")),
-            *(_number(row[name], 0) for name in ("computed", "base_reused", "lr_reused", "preempted")),
+            *(_number(row[name], 0) for name in ("computed", "needed", "base_reused", "lr_reused", "preempted")),
             "-" if None in evicted else f"{sum(evicted)}",
         )  # fmt: skip
     for table in (speeds, costs):

@@ -149,6 +149,7 @@ def test_all_modes_in_turns(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     computed = {row["mode"]: row["computed"] for row in rows}
     assert computed["base_lr_shared"] == computed["full_shared"] == 512 + 9 + 9
     assert computed["non_shared"] == computed["base_shared"] == 512 + 9 + 568
+    assert all(row["needed"] == row["computed"] for row in rows)
     (saved,) = (tmp_path / "out").glob("trace-*.json")
     assert json.loads(saved.read_text())["rows"] == rows
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
