@@ -27,8 +27,11 @@ class Round:
 
 
 def throughput(played: Played) -> float:
-    """Tokens of all sequences, prompts and answers, a second from beginning to end (the paper's definition)."""
-    return played.tokens / played.wall_s
+    """Tokens of all sequences, prompts and answers, a second from beginning to end (the paper's definition).
+
+    NaN, as elsewhere here, where nothing was answered.
+    """
+    return played.tokens / played.wall_s if played.records else math.nan
 
 
 def ttft_sum_s(played: Played, steps: int) -> float:

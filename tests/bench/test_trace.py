@@ -100,7 +100,8 @@ def test_figures() -> None:
     played = Played([record(0, 0, 1.0), record(0, 1, 2.0), record(1, 0, 4.0), record(1, 1, 5.0), record(2, 0, 9.0)])
     assert ttft_sum_s(played, 2) == 6.0  # of 3 and 9; the third never came to its end
     assert math.isnan(ttft_sum_s(Played(), 2))
-    assert throughput(Played(tokens=300, wall_s=2.0)) == 150
+    assert throughput(Played([record(0, 0, 1.0)], tokens=300, wall_s=2.0)) == 150
+    assert math.isnan(throughput(Played(wall_s=2.0)))
     values = [float(n) for n in range(1, 201)]
     assert (percentile(values, 0.5), percentile(values, 0.99), percentile([7.0], 0.99)) == (100, 198, 7)
 
