@@ -234,7 +234,7 @@ def test_failures_are_named_and_change_the_status(
     def spoilt(self: MeasuredEngine, *args: Any) -> None:
         init(self, *args)
         made.append(self)
-        self._engine._runner.run = broken  # type: ignore[method-assign]
+        self._engine.step = broken  # type: ignore[method-assign]
 
     monkeypatch.setattr(MeasuredEngine, "__init__", spoilt)
     numbers = run(capsys, *SHORT, "--no-save", "--modes", "full_shared", status=1)
