@@ -7,6 +7,7 @@ each round, so that noise falls on all alike. Else one mode after the other is m
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,9 @@ class Matrix:
         for mode in modes:
             self._watcher.tells(f"building an engine: {mode}, {group.roles} roles …")
             try:
-                made.append(MeasuredEngine(base, models.pop(), mode, group.roles, self._options(group.of(mode)), True))
+                made.append(
+                    MeasuredEngine(base, models.pop(), mode, group.roles, self._options(mode, group.of(mode)), True)
+                )
             except (NoRoomError, torch.OutOfMemoryError):
                 break
         models.clear()  # only here, after the exception, whose frames hold a model, is gone
@@ -165,7 +168,7 @@ class Matrix:
             self._watcher.tells(f"building an engine: {mode}, {group.roles} roles …")
             engine = None
             try:
-                engine = MeasuredEngine(base, base.load(), mode, group.roles, self._options(own))
+                engine = MeasuredEngine(base, base.load(), mode, group.roles, self._options(mode, own))
             except torch.OutOfMemoryError as error:
                 self.found.broken.append(f"{mode}, {group.roles} roles: no engine: {str(error).splitlines()[0]}")
             if engine is None:
@@ -177,9 +180,9 @@ class Matrix:
                 self.measure([engine], entry)
             self._close([engine], base.device)
 
-    def _options(self, own: Group) -> EngineOptions:
-        """For one mode's share of a group."""
-        mode, micro, limits = own.modes[0], own.micro, self._limits
+    def _options(self, mode: SharingMode, own: Group) -> EngineOptions:
+        """own: the mode's share of a group."""
+        micro, limits = own.micro, self._limits
         slots = [entry.slots(mode) for entry in own.entries] + ([micro.slots] if micro else [])
         positions = [entry.tokens + 1 for entry in own.entries] + ([micro.positions] if micro else [])
         sequences = [entry.load.concurrent for entry in own.entries] + ([micro.sequences] if micro else [])
@@ -228,7 +231,8 @@ class Matrix:
         }
         name = f"{label(facts)}, {f'round {number}' if number else 'warm-up'}"
         self._watcher.begins(name, len(trace) * load.trajectories)
-        seed = self._seed * 1_000_003 + entry.context * 101 + number
+        # Of the whole entry, not of the round alone: an endpoint keeps its cache from one entry to the next.
+        seed = random.Random(f"{self._seed} {entry} {number}").getrandbits(63)
         try:
             system.begin()
         except EngineDeadError as error:

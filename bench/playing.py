@@ -90,7 +90,8 @@ async def play(
     async def one(number: int, start: float) -> None:
         await asyncio.sleep(start)
         async with room:
-            played.tokens += await _trajectory(client, trace, prompts[number], number, played, progress)
+            length = await _trajectory(client, trace, prompts[number], number, played, progress)
+            played.tokens += length  # read only now: others have added theirs meanwhile
 
     await asyncio.gather(*(one(number, start) for number, start in enumerate(load.starts(seed))))
     played.wall_s = time.perf_counter() - begun

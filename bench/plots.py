@@ -27,6 +27,9 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     """Write `rows` as a PNG. Dotted: the throughput that the machine allows in that mode, and the least ΣTTFT."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    plain = FuncFormatter(lambda number, _: f"{number:g}")
 
     lines: dict[str, list[Row]] = {}
     loads = {load(row) for row in rows}
@@ -46,11 +49,19 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=name, color=f"C{at % 10}") if points else None
             if floor is not None:
                 bounds = sorted((row["tokens"], row["floor"][floor]) for row in members if row["floor"][floor])
-                axes.plot(*zip(*bounds, strict=True), linestyle=":", color=f"C{at % 10}") if bounds else None
+                axes.plot(
+                    *zip(*bounds, strict=True), linestyle=":", marker="_", color=f"C{at % 10}"
+                ) if bounds else None
         axes.set_title(what)
         axes.set_xlabel("tokens of a trajectory")
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
         axes.set_yscale("log")
+        lengths = sorted({row["tokens"] for row in rows})
+        axes.set_xticks(lengths, [f"{tokens / 1000:.1f}k" for tokens in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(True, which="both", alpha=0.2)
     panels[0].legend(fontsize="small")
     content = io.BytesIO()

@@ -132,7 +132,7 @@ def _counters(rounds: Sequence[Round]) -> dict[str, int | None]:
 
 def _total(values: Sequence[int | None]) -> int | None:
     known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

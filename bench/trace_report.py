@@ -54,7 +54,7 @@ def show_micro(figures: Sequence[dict[str, Any]], console: Console) -> None:
         if "failed" in figure:
             table.add_row(figure["figure"], "-", "", "-", "-", figure["failed"][:80])
             continue
-        note = f"{figure['tflops']:.0f} TFLOP/s" if figure.get("tflops") else ""
+        note = f"{figure['tflops']:.3g} TFLOP/s" if figure.get("tflops") else ""
         note = f"{figure['decode_steps']:.2f} decode steps" if figure.get("decode_steps") else note
         measured, floor = _number(figure["value"], 2), _number(figure["floor"], 2)
         table.add_row(figure["figure"], measured, figure["unit"], floor, _percent(figure["share"]), note)

@@ -74,6 +74,7 @@ def test_many_at_once_have_tokens_of_their_own() -> None:
     played = run(client, Load(5, 2))
     assert client.most == 2
     assert len(played.records) == 15
+    assert played.tokens == 5 * trace_tokens(TRACE)
     assert len({tuple(prompt[:20]) for _, prompt, _ in client.asked}) == 5
 
 

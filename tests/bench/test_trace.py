@@ -278,6 +278,47 @@ def test_modes_that_do_not_fit_side_by_side_come_one_after_the_other(monkeypatch
     assert any("do not fit" in sentence for sentence in listener.said)
 
 
+def test_caches_hold_what_their_mode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots: dict[SharingMode, int] = {}
+
+    def engine(base: Base, model: Any, mode: SharingMode, roles: int, options: Any, strict: bool = False) -> Any:
+        slots[mode] = options.slots
+        return MeasuredEngine(base, model, mode, roles, options, strict)
+
+    monkeypatch.setattr(matrix, "MeasuredEngine", engine)
+    measured = Matrix(None, Limits(), Listener(), seed=0)
+    plan = Plan((RunPlan(context=(300,), concurrent=(3,), steps=7, repeats=1, modes=(LR, NON)),))
+    measured.engines(Base(CPU, torch.float32, SHAPES["tiny"]), plan)
+    (entry,) = plan.entries()
+    assert slots == {mode: entry.slots(mode) for mode in (LR, NON)}
+    assert all(row["base_evicted"] == 0 and row["needed"] == row["computed"] for row in measured.found.rows)
+
+
+def test_every_round_of_every_entry_has_tokens_of_its_own() -> None:
+    """An endpoint keeps its cache: the same tokens under another load would be found there."""
+
+    class Endless:
+        name, mode, role_names = "theirs", NON, ("plan", "action", "reflect")
+
+        def __init__(self) -> None:
+            self.seeds: list[int] = []
+
+        def play(self, trace: Any, load: Load, *, seed: int, progress: Any) -> Played:
+            self.seeds.append(seed)
+            return Played([record(0, 0, 1.0)], wall_s=1.0)
+
+        def begin(self) -> None: ...
+        def memory(self) -> None: ...
+        def counters(self) -> None: ...
+
+    systems = [Endless(), Endless()]
+    measured = Matrix(None, Limits(), Listener(), seed=0)
+    for entry in RunPlan(context=(8, 16), concurrent=(1, 2), repeats=2).entries():
+        measured.measure(systems, entry)
+    assert systems[0].seeds == systems[1].seeds  # within a round all are given the same
+    assert len(set(systems[0].seeds)) == 4 * 3
+
+
 def test_an_engine_that_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(base: Base, model: Any, mode: SharingMode, *rest: Any) -> Any:
         if mode is LR:
