@@ -131,7 +131,7 @@ class MeasuredEngine:
         self.role_names = adapters.role_names[:roles]
         shape = _cache_shape(model, adapters, mode)
         self._base_bytes, self._lr_bytes = shape.base_bytes(base.dtype), shape.lr_bytes(base.dtype)
-        fitting = _room(base.device) // (self._base_bytes + self._lr_bytes)
+        fitting = cache_room(base.device) // (self._base_bytes + self._lr_bytes)
         if strict and fitting < options.slots:
             raise NoRoomError(f"a cache of {options.slots} tokens does not fit; {fitting} do.")
         self.slots = min(options.slots, fitting)
@@ -267,8 +267,8 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _room(device: torch.device) -> int:
-    """Bytes that a cache may take."""
+def cache_room(device: torch.device) -> int:
+    """Bytes that a cache may take now."""
     if device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - GPU_RESERVE)
     return int(psutil.virtual_memory().available * CPU_SHARE)

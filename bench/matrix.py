@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from lragent.bench.engines import (
     Base,
@@ -22,12 +23,13 @@ from lragent.bench.engines import (
     MeasuredEngine,
     Memory,
     NoRoomError,
+    cache_room,
     free_memory,
     same_weights,
 )
 from lragent.bench.micro import micro_figures
 from lragent.bench.playing import Load, Played, Record
-from lragent.bench.roofline import Roofline
+from lragent.bench.roofline import ModelSize, Roofline
 from lragent.bench.summary import Round, row
 from lragent.bench.trace_plan import Entry, Group, MicroPlan, Plan
 from lragent.bench.traces import Planned
@@ -142,21 +144,28 @@ class Matrix:
             return None
         made: list[MeasuredEngine] = []
         models = [base.load()]
-        models += [same_weights(models[0]) for _ in modes[1:]]
-        for mode in modes:
-            self._watcher.tells(f"building an engine: {mode}, {group.roles} roles …")
-            try:
-                made.append(
-                    MeasuredEngine(base, models.pop(), mode, group.roles, self._options(mode, group.of(mode)), True)
-                )
-            except (NoRoomError, torch.OutOfMemoryError):
-                break
-        models.clear()  # only here, after the exception, whose frames hold a model, is gone
+        slots = sum(self._options(mode, group.of(mode)).slots for mode in modes)
+        if slots * ModelSize.of(models[0].config, base.dtype).kv_bytes <= cache_room(base.device):
+            models += [same_weights(models[0]) for _ in modes[1:]]
+            made = self._built(base, group, models)
+        models.clear()
         if len(made) == len(modes):
             return made
         self._close(made, base.device)
         self._watcher.tells("The modes' caches do not fit side by side: one mode after the other.")
         return None
+
+    def _built(self, base: Base, group: Group, models: list[PreTrainedModel]) -> list[MeasuredEngine]:
+        """An engine for each mode, as far as memory goes. Takes from `models`."""
+        made = []
+        for mode in group.modes:
+            self._watcher.tells(f"building an engine: {mode}, {group.roles} roles …")
+            options = self._options(mode, group.of(mode))
+            try:
+                made.append(MeasuredEngine(base, models.pop(), mode, group.roles, options, strict=True))
+            except (NoRoomError, torch.OutOfMemoryError):
+                break
+        return made
 
     def _one_by_one(self, base: Base, group: Group) -> None:
         """One mode after the other, each on an engine of its own."""

@@ -278,6 +278,21 @@ def test_modes_that_do_not_fit_side_by_side_come_one_after_the_other(monkeypatch
     assert any("do not fit" in sentence for sentence in listener.said)
 
 
+def test_caches_that_cannot_fit_together_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+
+    def engine(base: Base, model: Any, mode: SharingMode, roles: int, options: Any, strict: bool = False) -> Any:
+        made.append(strict)
+        return MeasuredEngine(base, model, mode, roles, options, strict)
+
+    monkeypatch.setattr(matrix, "MeasuredEngine", engine)
+    monkeypatch.setattr(matrix, "cache_room", lambda _: 1000)
+    measured = Matrix(None, Limits(), Listener(), seed=0)
+    plan = Plan((RunPlan(context=(8,), steps=1, repeats=1, modes=(LR, NON)),))
+    measured.engines(Base(CPU, torch.float32, SHAPES["tiny"]), plan)
+    assert made == [False, False]
+
+
 def test_caches_hold_what_their_mode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     slots: dict[SharingMode, int] = {}
 
