@@ -3,8 +3,10 @@
 A step of the model reads every weight but the embedding table once (of that it reads a row a token), and the keys and
 values of all sequences in its batch; its products take `2 * parameters` operations a token, those of the head only for
 tokens that are sampled from, and attention four per query and key and dimension. The adapters' own weights and caches
-are left out: they are less than one percent. A step takes the longer of the two times, so each share below is of a
-bound that no engine passes which processes a batch step by step.
+are left out: they are less than one percent. A step takes the longer of the two times.
+
+For one trajectory nothing is faster than that. Many at once are taken to go in lockstep, each step of the model serving
+all of them; an engine that computes prompts in the shadow of reading for others' tokens may pass this by a little.
 """
 
 from __future__ import annotations
@@ -122,8 +124,8 @@ class ModelSize:
 class Floor:
     """What a run of trajectories takes at least, in seconds.
 
-    ttft_sum_s: a trajectory's times to first token, added up. gap_s: the median time between two tokens. total_s: all
-    of it.
+    ttft_sum_s: a trajectory's times to first token, added up, as if it were alone: among many, whoever is served first
+    waits for nobody. gap_s: the median time between two tokens. total_s: all of it.
     """
 
     ttft_sum_s: float
@@ -166,9 +168,9 @@ class Roofline:
         return Floor(first.ttft_sum_s, first.gap_s, max(1, full_waves) * first.total_s + last)
 
     def _wave(self, works: Sequence[Work], together: int) -> Floor:
-        prefill = sum(self.prefill_s(work, together) for work in works)
+        alone, prefill = (sum(self.prefill_s(work, count) for work in works) for count in (1, together))
         gaps = [self.decode_s(work.prompt + given, together) for work in works for given in range(1, work.answer)]
-        return Floor(prefill, statistics.median(gaps) if gaps else 0.0, prefill + sum(gaps))
+        return Floor(alone, statistics.median(gaps) if gaps else 0.0, prefill + sum(gaps))
 
     def _longer(self, operations: float, read: float) -> float:
         return max(operations / self.ceilings.products, read / self.ceilings.copy)

@@ -72,6 +72,8 @@ def test_many_at_once_read_the_weights_together() -> None:
     mode = SharingMode.FULL_SHARED
     assert roofline.trace(trace, mode, 2, 2).total_s == 3 * 656 + 2 * 16 * (10 + 11 + 12)
     one, two = roofline.trace(trace, mode), roofline.trace(trace, mode, 2, 2)
+    assert two.ttft_sum_s == one.ttft_sum_s == 656 + 160
+    assert two.gap_s == 656 + 2 * 16 * 11.5
     assert roofline.trace(trace, mode, 5, 2).total_s == 2 * two.total_s + one.total_s
     assert roofline.trace(trace, mode, 1, 4) == one
 
