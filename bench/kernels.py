@@ -22,6 +22,7 @@ from lragent.bench import machine
 from lragent.bench.cached_problem import DIM, HEADS, KV_HEADS, CachedProblem
 from lragent.bench.graphs import capture, microseconds
 from lragent.bench.products import PRODUCTS, measure
+from lragent.bench.roofline import Ceilings
 from lragent.errors import LRAgentError, UserError
 from lragent.kernels.cached import LayerCache, Readers
 from lragent.kernels.low_rank import role_up
@@ -31,25 +32,6 @@ ERROR_LIMIT = 0.01
 """Of a result, as a share of its norm. bfloat16 rounds by up to 0.004."""
 
 HIDDEN = HEADS * DIM
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """copy: bytes a second, read and written; products: operations a second, bfloat16."""
-
-    copy: float
-    products: float
-
-    @classmethod
-    def measure(cls, device: torch.device) -> Ceilings:
-        """The faster of torch's two ways to copy 1 GiB, and a product of 8192 on random numbers."""
-        source = torch.randn(1 << 29, dtype=torch.bfloat16, device=device)
-        target = torch.empty_like(source)
-        moved = 2 * source.numel() * source.element_size()
-        times = [microseconds(lambda: target.copy_(source)), microseconds(lambda: torch.mul(source, 1, out=target))]
-        left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-        product = microseconds(lambda: torch.mm(left, right))
-        return cls(moved / min(times) * 1e6, 2 * 8192**3 / product * 1e6)
 
 
 @dataclass(frozen=True)

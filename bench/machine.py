@@ -56,10 +56,10 @@ def commit() -> str | None:
     return described.stdout.strip()
 
 
-def save(name: str, numbers: dict[str, Any]) -> Path:
-    """Write `numbers`, which hold `facts`, to `results/<name>-<machine>.json`; gives the path."""
+def save(name: str, numbers: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `numbers`, which hold `facts`, to `<name>-<machine>.json` in `folder`; gives the path."""
     machine = re.sub(r"[^a-z0-9]+", "-", str(numbers["machine"]).lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{machine}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{machine}.json"
     write_file(path, json.dumps(numbers, indent=2).encode() + b"\n")
     return path

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lragent.adapter_set import AdapterSet, RoleSpec
+from lragent.errors import UserError
 from lragent.models.targets import target_modules
+from lragent.modes import SharingMode
 
 ROLES = ("plan", "action", "reflect")
 
@@ -34,6 +36,65 @@ def paper_trace(context: int, roles: Sequence[str] = ROLES) -> list[Planned]:
     for _ in range(4):
         steps += [Planned(plan, context, 32), Planned(plan, 8, 8), Planned(action, 8, 8)]
     return [*steps, Planned(reflect, 32, 32), Planned(reflect, 8, 8)]
+
+
+def team(count: int) -> tuple[str, ...]:
+    """Names for `count` roles: plan, action, reflect, role4, role5 …"""
+    if count < 1:
+        raise UserError(f"--roles: must be at least 1, not {count}.")
+    return (*ROLES, *(f"role{number}" for number in range(4, count + 1)))[:count]
+
+
+def team_trace(context: int, roles: Sequence[str]) -> list[Planned]:
+    """The paper's steps for any number of roles. With three they play plan, action and reflect.
+
+    With another number they take the steps in turn: what a step brings and asks for is as in the paper, and every step
+    changes the role.
+    """
+    if len(roles) == 3:
+        return paper_trace(context, roles)
+    return [replace(step, role=roles[at % len(roles)]) for at, step in enumerate(paper_trace(context))]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step must compute in one sharing mode.
+
+    prompt: tokens of the whole prompt. full: those that no cache holds for this role. lr_only: those before them whose
+    base cache exists, so that only the role's LR cache is written (`base_shared`). answer: tokens to generate.
+    """
+
+    role: str
+    prompt: int
+    full: int
+    lr_only: int
+    answer: int
+
+    @property
+    def start(self) -> int:
+        """How many positions nothing is computed for."""
+        return self.prompt - self.full - self.lr_only
+
+
+def trace_work(trace: Sequence[Planned], mode: SharingMode) -> list[Work]:
+    """What each step computes, if nothing is ever evicted. An answer's last token is computed by the next step."""
+    everyone, own = 0, dict.fromkeys((step.role for step in trace), 0)
+    length = 0
+    works = []
+    for step in trace:
+        prompt = length + step.new
+        start = everyone if mode.one_writer_per_token else own[step.role]
+        lr_only = max(0, everyone - start) if mode is SharingMode.BASE_SHARED else 0
+        works.append(Work(step.role, prompt, prompt - start - lr_only, lr_only, step.answer))
+        length = prompt + step.answer
+        everyone = own[step.role] = length - 1
+    return works
+
+
+def trace_slots(trace: Sequence[Planned], mode: SharingMode) -> int:
+    """Slots that the trajectory fills where nothing is evicted, of the pool of which it fills the most."""
+    last = {work.role: work.prompt + work.answer for work in trace_work(trace, mode)}
+    return max(last.values()) if mode.one_writer_per_token else sum(last.values())
 
 
 def trace_tokens(trace: Sequence[Planned]) -> int:

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from lragent.bench import __main__ as bench
 from lragent.bench.cached_problem import CachedProblem
-from lragent.bench.kernels import Bench, Ceilings
+from lragent.bench.kernels import Bench
+from lragent.bench.roofline import Ceilings
 from lragent.errors import LRAgentError
 from lragent.kernels.cached import cached_attention_reference
 

@@ -35,11 +35,18 @@ def deepspeed_config(path: Path) -> Any:
     return HfDeepSpeedConfig(str(path))
 
 
+def bench_plan(path: Path) -> Any:
+    from lragent.bench.trace_plan import Plan
+
+    return load_config(Plan, path)
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "roles": train_settings,
     "serve": serve_settings,
     "accelerate": accelerate_config,
     "deepspeed": deepspeed_config,
+    "bench": bench_plan,
 }
 """Folder in configs/ to what reads its files."""
 
