@@ -7,6 +7,7 @@ holds it. What a graph reads lies in static tensors, which the host fills before
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,21 @@ class _Captured:
     logits: torch.Tensor
 
 
+def _captured(
+    forward: Callable[[StepTensors, int], torch.Tensor], bucket: Bucket, device: torch.device, pool: tuple[int, int]
+) -> _Captured:
+    tensors = StepTensors.empty(bucket.tokens, bucket.sequences, device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # compiles what is not compiled yet
+        forward(tensors, bucket.most_new)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        logits = forward(tensors, bucket.most_new)
+    return _Captured(graph, tensors, logits)
+
+
 class StepGraphs:
     """The graphs of one engine. nobody: the row that tokens of nobody are drawn for."""
 
@@ -74,18 +90,14 @@ class StepGraphs:
         The largest first, so that the others find room in its memory. tell: called before each.
         """
         pool = torch.cuda.graph_pool_handle()
-        for bucket in sorted(buckets, reverse=True):
-            tell(bucket)
-            tensors = StepTensors.empty(bucket.tokens, bucket.sequences, device)
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):  # compiles what is not compiled yet
-                forward(tensors, bucket.most_new)
-            torch.cuda.current_stream(device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = forward(tensors, bucket.most_new)
-            self._captured[bucket] = _Captured(graph, tensors, logits)
+        gc.collect()
+        gc.disable()  # a graph of an engine that is gone must not be freed while another is captured
+        try:
+            for bucket in sorted(buckets, reverse=True):
+                tell(bucket)
+                self._captured[bucket] = _captured(forward, bucket, device, pool)
+        finally:
+            gc.enable()
         self._captured = dict(sorted(self._captured.items()))
 
     def run(self, step: Step) -> tuple[torch.Tensor | None, StepTensors | None]:

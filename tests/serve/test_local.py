@@ -1,0 +1,100 @@
+"""The engine in this process, as a script uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import make_adapter_set, save_tiny, tiny_model
+
+from lragent.errors import UserError
+from lragent.models import fingerprint
+from lragent.pack import write_pack
+from lragent.serve import Engine
+from lragent.serve.engine.types import FinishReason
+
+ROLES = ("plan", "action", "reflect")
+GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder and a pack of three roles."""
+    place = tmp_path_factory.mktemp("local")
+    folder, pack = save_tiny(place / "tiny"), place / "team.safetensors"
+    write_pack(pack, replace(make_adapter_set(tiny_model(), ROLES), base_fingerprint=fingerprint(folder)))
+    return folder, pack
+
+
+@pytest.fixture(scope="module")
+def engine(files: tuple[Path, Path]) -> Iterator[Engine]:
+    folder, pack = files
+    with Engine(str(folder), roles=pack, device="cpu", max_model_len=256, max_tokens_in_cache=2048) as made:
+        yield made
+
+
+def test_two_lines_are_enough(engine: Engine) -> None:
+    answer = engine.generate("plan", "where is the inn?", **GREEDY)
+    assert answer.text
+    assert answer.finish_reason is FinishReason.LENGTH
+    assert len(answer.token_ids) == 6
+
+
+def test_text_ids_and_arrays_are_the_same_prompt(engine: Engine) -> None:
+    ids = list(range(20, 40))
+    expected = engine.generate("action", ids, **GREEDY).token_ids
+    assert engine.generate("action", np.array(ids), **GREEDY).token_ids == expected
+    assert engine.generate("base", ids, **GREEDY).token_ids != expected
+
+
+def test_a_chat_reuses_what_another_role_has_read(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "where is the northern harbour?"}]
+    said = engine.generate("plan", messages, **GREEDY)
+    messages += [{"role": "assistant", "name": "plan", "content": said.text}, {"role": "tool", "content": "there"}]
+    usage = engine.generate("reflect", messages, **GREEDY).usage
+    assert usage is not None
+    assert usage.base_reused > usage.tokens_computed
+
+
+def test_many_at_once_are_in_order(engine: Engine) -> None:
+    asked = [(ROLES[n % 3], list(range(20 + n, 40 + n))) for n in range(7)]
+    together = engine.generate_many(asked, salt="many", **GREEDY)
+    for (role, ids), answer in zip(asked, together, strict=True):
+        assert engine.generate(role, ids, salt="alone", **GREEDY).token_ids == answer.token_ids
+
+
+def test_streams_add_up_and_may_be_left(engine: Engine) -> None:
+    whole = engine.generate("plan", list(range(20, 50)), **GREEDY)
+    pieces = list(engine.stream("plan", list(range(20, 50)), **GREEDY))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].usage is not None
+    started = engine.stream("plan", list(range(30, 60)), **{**GREEDY, "max_tokens": 150})
+    next(started)
+    started.close()
+    engine.generate("base", [5], **GREEDY)
+    assert engine.stats().running == 0
+
+
+def test_event_loops_are_served_alike(engine: Engine) -> None:
+    async def both() -> list[tuple[int, ...]]:
+        answers = await asyncio.gather(*(engine.agenerate(role, list(range(20, 50)), **GREEDY) for role in ROLES[:2]))
+        return [answer.token_ids for answer in answers]
+
+    alone = [engine.generate(role, list(range(20, 50)), salt="alone", **GREEDY).token_ids for role in ROLES[:2]]
+    assert asyncio.run(both()) == alone
+
+
+def test_errors_name_what_is_wrong(engine: Engine, files: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=r"^model: the role 'critic' is not loaded"):
+        engine.generate("critic", "hello")
+    with pytest.raises(UserError, match=r"^temprature: is no sampling parameter"):
+        engine.generate("plan", "hello", temprature=1.0)
+    with pytest.raises(UserError, match=r"^temperature: must be"):
+        engine.stream("plan", "hello", temperature=9.0)
+    with pytest.raises(UserError, match=r"^sharing: must be one of"):
+        Engine(str(files[0]), sharing="everything")
+    assert engine.roles == ("base", *ROLES)
