@@ -145,6 +145,39 @@ class RoleCache:
         lease.lr_slots, lease.lr_node = with_room(residual, lease.capacity), node
         lease.lr_reused = lease.lr_committed = lease.lr_reserved = len(residual)
 
+    def measure(self, tokens: Ints, *, opening: int, reader: Reader, salt: str) -> int:
+        """How many positions of a prompt `open` would find and a role need not run over. Changes nothing.
+
+        In `base_shared` base entries without the role's own LR save no work; they are not looked for.
+        """
+        accept = self.readable(len(tokens), opening, reader)
+        if self.own_residuals:  # an upper bound: whether each LR's base entry is readable is seen when it is opened
+            return self.lr_tree.measure((salt, "role", reader.digest), tokens[:-1], _everything)
+        return self.base_tree.measure(self.base_namespace(reader, salt), tokens[:-1], accept)
+
+    def handed_in(self, lease: Lease) -> int:
+        """Positions of `lease` that are in the trees with all that belongs to them."""
+        return lease.lr_committed if self.own_residuals else lease.committed
+
+    def promised(self, lease: Lease, opening: int, runner: Lease, gain: int) -> int:
+        """How many positions `lease`, just opened for a prompt with that `opening`, would find once `runner` has
+        computed its own prompt; 0 where it is not worth to wait: where that is not `gain` more than it has found.
+
+        Base cache is found by whoever may read it, an LR cache of `base_shared` by the same role.
+        """
+        if self.handed_in(runner) >= runner.prompt:
+            return 0
+        if self.base_namespace(lease.reader, lease.salt) != self.base_namespace(runner.reader, runner.salt):
+            return 0
+        most = min(lease.prompt - 1, runner.prompt)
+        same = lease.tokens[:most] == runner.tokens[:most]
+        same &= self.readable(lease.prompt, opening, lease.reader)(0, runner.tags[:most])
+        length = most if same.all() else int(same.argmin())
+        if runner.committed < length and length - lease.base_reused >= gain:
+            return length
+        low = self.own_residuals and self._lr_namespace(lease) == self._lr_namespace(runner)
+        return length if low and runner.lr_committed < length and length - lease.lr_reused >= gain else 0
+
     def fits(self, lease: Lease, length: int, beside: Iterable[Lease] = ()) -> bool:
         """Whether `reserve` would find slots now, and then all that `beside` have yet to reserve for what is known of
         them."""
@@ -287,6 +320,10 @@ class RoleCache:
         _check_paths(self.lr_tree, held)
         alive = self.base_pool.serial[self.base_tree.all_slots()]
         assert np.isin(self.lr_tree.all_tags(), alive).all(), "an LR entry outlived its base entry"
+
+
+def _everything(_: int, tags: Ints) -> npt.NDArray[np.bool_]:
+    return np.ones(len(tags), np.bool_)
 
 
 def _adopt(slots: Slots, part: slice, owned: Slots, pool: SlotPool | PagedPool) -> int:

@@ -15,7 +15,7 @@ from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.sampler import Sampler
 from lragent.serve.engine.scheduler import Scheduler
-from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
+from lragent.serve.engine.sequence import EngineRole, Sequence
 from lragent.serve.engine.turns import TurnMemory
 from lragent.serve.engine.types import (
     Chunk,
@@ -163,17 +163,11 @@ class Engine:
         if not pieces:
             return
         logits = self._runner.run(pieces)
-        self._advance(pieces)
+        for piece in pieces:
+            self._scheduler.advanced(piece)
         yielding = [piece for piece in pieces if piece.yields_token]
         for piece, row in zip(yielding, logits, strict=True):
             self._take(piece.sequence, piece.sequence.sampler.next_token(row))
-
-    def _advance(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            sequence = piece.sequence
-            sequence.computed = piece.end
-            if piece.yields_token and not sequence.generated:  # the prompt is complete: others may use it from now on
-                self.cache.commit(sequence.held, piece.end)
 
     def _take(self, sequence: Sequence, token: int) -> None:
         """The next token of an answer."""

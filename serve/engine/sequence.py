@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from lragent.serve.cache.role_cache import Lease, Reader
+import numpy as np
+
+from lragent.serve.cache.lease import Lease, Reader
+from lragent.serve.cache.radix import Ints
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.sampler import Sampler
 from lragent.serve.engine.types import Chunk, GenerationRequest, Usage
@@ -24,8 +28,11 @@ class EngineRole:
 class Sequence:
     """One request in the scheduler's hands.
 
-    tags: who is to write each prompt position. generated: answer tokens; the last one is not computed yet.
-    lease: None while waiting. computed: positions whose cache is written (or was found).
+    tags: who is to write each prompt position. generated: answer tokens as far as they are known.
+    lease: None while waiting. computed: positions whose cache is written (or was found), or is being written by a step
+    that was launched. in_flight: tokens drawn by launched steps that are not known yet; the lease holds placeholders
+    for them. row: its row in the device's tables while it runs, else -1. served: the scheduler's step in which it last
+    had a piece, or was admitted.
     """
 
     request: GenerationRequest
@@ -38,6 +45,9 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     lease: Lease | None = None
     computed: int = 0
+    in_flight: int = 0
+    row: int = -1
+    served: int = 0
     usage_at_start: Usage | None = None
     """Prompt counts of the first admission; a preemption does not change them."""
 
@@ -46,6 +56,28 @@ class Sequence:
         """The lease of a running sequence."""
         assert self.lease is not None, "this sequence does not run"
         return self.lease
+
+    @property
+    def keepable(self) -> int:
+        """Computed positions that may be handed to the trees.
+
+        Their tokens are known, and they lie before the answer's last token: if that ends the turn, a step that was
+        launched meanwhile has computed a position after the end.
+        """
+        return min(self.computed, len(self.request.prompt.token_ids) + max(0, len(self.generated) - 1))
+
+    @cached_property
+    def _prompt(self) -> tuple[Ints, Ints]:
+        ids = self.request.prompt.token_ids
+        return np.fromiter(ids, np.int64, len(ids)), np.fromiter(self.tags, np.int64, len(ids))
+
+    def context(self) -> tuple[Ints, Ints]:
+        """What is known: the tokens of prompt and answer, and who is to write each."""
+        tokens, tags = self._prompt
+        if not self.generated:
+            return tokens, tags
+        own = np.full(len(self.generated), self.role.reader.writer)
+        return np.concatenate([tokens, np.array(self.generated)]), np.concatenate([tags, own])
 
     def usage(self) -> Usage:
         """What this request cost up to now."""
