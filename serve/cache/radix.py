@@ -22,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 Namespace = tuple[str, ...]
 Accept = Callable[[int, Ints], npt.NDArray[np.bool_]]
 """Of the entries from position `start` on with these tags: which may be read."""
+OnIdle = Callable[[Slots, int], None]
 
 
 @dataclass(eq=False)
@@ -51,11 +52,15 @@ class Root(Node):
 
 
 class RadixTree:
-    """Owns the slots that are in it, and nothing else: whoever takes slots out (evict) frees them in their pool."""
+    """Owns the slots that are in it, and nothing else: whoever takes slots out (evict) frees them in their pool.
 
-    def __init__(self) -> None:
+    Time is told by the caller (`now`, never decreasing), so that several trees can be compared by it. on_idle: told of
+    slots that nobody locks any more (+1), and of such slots that are locked or leave the tree (-1).
+    """
+
+    def __init__(self, on_idle: OnIdle | None = None) -> None:
         self._roots: dict[Namespace, Root] = {}
-        self._clock = 0
+        self._on_idle = on_idle
         self._order = itertools.count()
         # A heap of (last_used, breaks ties, leaf) that holds every unlocked leaf. Outdated entries are put right when
         # they are popped, so that neither a match nor a lock has to look for them.
@@ -66,7 +71,12 @@ class RadixTree:
         self.locked_size = 0
         """Elements that cannot be evicted now."""
 
-    def match(self, namespace: Namespace, tokens: Ints, accept: Accept) -> tuple[Slots, Ints, Node | None]:
+    @property
+    def idle_size(self) -> int:
+        """Elements that can be evicted now."""
+        return self.size - self.locked_size
+
+    def match(self, namespace: Namespace, tokens: Ints, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
         """The longest cached prefix of `tokens` whose entries may be read.
 
         Returns its slots, its tags, and the node that ends exactly there (None: nothing matched). Marks the path as
@@ -82,9 +92,14 @@ class RadixTree:
         depth = self._depth(end)
         if length < depth:
             end = self._split(end, len(end) - (depth - length))
-        self._touch(end)
+        self.touch(end, now)
         tags = np.concatenate([each.tags for each in self._path(end)][::-1])
         return self.path_slots(end), tags, end
+
+    def measure(self, namespace: Namespace, tokens: Ints, accept: Accept) -> int:
+        """How long `match` would be; changes nothing."""
+        root = self._roots.get(namespace)
+        return 0 if root is None else self._longest(root, 0, tokens, accept)[1]
 
     def _longest(self, node: Node, position: int, tokens: Ints, accept: Accept) -> tuple[Node, int]:
         """The deepest readable match at or below `node`, whose own elements end at `position`."""
@@ -106,15 +121,18 @@ class RadixTree:
                     stack.append((child, start + length))
         return best
 
-    def insert(self, namespace: Namespace, tokens: Ints, tags: Ints, slots: Slots) -> tuple[Slots, Node | None]:
-        """Put a path into the tree, which takes ownership of the slots it did not know.
+    def insert(
+        self, namespace: Namespace, tokens: Ints, tags: Ints, slots: Slots, now: int, below: Node | None = None
+    ) -> tuple[Slots, Node | None]:
+        """Put a path into the tree, which takes ownership of the slots it did not know, and mark it as used.
 
-        Returns the slots of the whole path as the tree has them (where it had an element already, its own slot: the
+        below: a locked node of that namespace whose path the new elements prolong; None: they begin at the root.
+        Returns the slots of these elements as the tree has them (where it had an element already, its own slot: the
         caller keeps the slot it offered) and the node at the path's end.
         """
         if not len(tokens):
-            return slots, None
-        node: Node = self._roots.setdefault(namespace, _root(namespace))
+            return slots, below
+        node: Node = below or self._roots.setdefault(namespace, _root(namespace))
         owned = slots.copy()
         at = 0
         while at < len(tokens):
@@ -123,12 +141,13 @@ class RadixTree:
                 child = Node(tokens[at:].copy(), tags[at:].copy(), slots[at:].copy(), node)
                 node.children.setdefault(int(tokens[at]), []).append(child)
                 self.size += len(child)
+                self._tell(child, 1)
                 length = len(child)
             elif length < len(child):
                 child = self._split(child, length)
             owned[at : at + length] = child.slots
             node, at = child, at + length
-        self._touch(node)
+        self.touch(node, now)
         self._note_idle(node)
         return owned, node
 
@@ -140,11 +159,17 @@ class RadixTree:
                 return child, length if same.all() else int(same.argmin())
         return None, 0
 
-    def lock(self, node: Node | None) -> None:
-        """Keep the path that ends at `node` until `unlock` with the same node. None is the empty path."""
+    def lock(self, node: Node | None, above: Node | None = None) -> None:
+        """Keep the path that ends at `node` until `unlock` with the same node. None is the empty path.
+
+        above: a node on that path whose lock is moved down to `node`: one `unlock`, of `node`, ends both.
+        """
         for each in self._path(node):
+            if each is above:
+                break
             if not each.locks:
                 self.locked_size += len(each)
+                self._tell(each, -1)
             each.locks += 1
 
     def unlock(self, node: Node | None) -> None:
@@ -156,45 +181,74 @@ class RadixTree:
             each.locks -= 1
             if not each.locks:
                 self.locked_size -= len(each)
-        below = _only(node)
-        if below is not None and self._absorb_parent(below):
-            node = below
-        self._absorb_parent(node)
-        self._note_idle(node)
+                self._tell(each, 1)
+        self._note_idle(self._join(node))
 
-    def _absorb_parent(self, node: Node) -> bool:
-        """Make `node` and its parent one, if nothing branches off and no lease ends between them. `node` remains."""
-        upper = node.parent
-        if upper is None or upper.parent is None or _only(upper) is not node or upper.locks != node.locks:
-            return False
-        siblings = upper.parent.children[int(upper.tokens[0])]
-        siblings[siblings.index(upper)] = node
-        node.tokens = np.concatenate([upper.tokens, node.tokens])
-        node.tags = np.concatenate([upper.tags, node.tags])
-        node.slots = np.concatenate([upper.slots, node.slots])
-        node.parent, upper.parent = upper.parent, None
-        node.last_used = upper.last_used
-        return True
+    def _join(self, node: Node) -> Node:
+        """Make one of `node` and what lies above and below it without a border. The lowest remains: it is returned."""
+        while (lower := _only(node)) is not None and _borderless(node, lower):
+            node = lower
+        chain = [node]
+        while (upper := chain[-1].parent) is not None and _borderless(upper, chain[-1]):
+            chain.append(upper)
+        if len(chain) > 1:
+            top = chain[-1]
+            assert top.parent is not None
+            siblings = top.parent.children[int(top.tokens[0])]
+            siblings[siblings.index(top)] = node
+            node.tokens = np.concatenate([each.tokens for each in reversed(chain)])
+            node.tags = np.concatenate([each.tags for each in reversed(chain)])
+            node.slots = np.concatenate([each.slots for each in reversed(chain)])
+            node.parent = top.parent
+            for each in chain[1:]:
+                each.parent = None
+        return node
+
+    def oldest(self) -> int | None:
+        """When the leaf that `evict` would take first was used last; None where all is locked."""
+        leaf = self._pop_idle()
+        if leaf is None:
+            return None
+        self._note_idle(leaf)
+        return leaf.last_used
+
+    def evict_from_oldest(self, most: int) -> Slots:
+        """Take up to `most` slots out of the unlocked leaf that was not used for the longest time; none if there is
+        none.
+
+        Its end goes before its beginning, so that a prefix stays usable. The caller frees the slots.
+        """
+        leaf = self._pop_idle() if most > 0 else None
+        if leaf is None:
+            return np.empty(0, np.int64)
+        keep = max(0, len(leaf) - most)
+        taken = leaf.slots[keep:]
+        self.size -= len(taken)
+        if self._on_idle is not None:
+            self._on_idle(taken, -1)
+        if keep:  # copies, lest the rest hold the memory of what has gone
+            leaf.tokens, leaf.tags = leaf.tokens[:keep].copy(), leaf.tags[:keep].copy()
+            leaf.slots = leaf.slots[:keep].copy()
+            self._note_idle(leaf)
+        else:
+            self._remove(leaf)
+        return taken
 
     def evict(self, count: int) -> Slots:
-        """Take at least `count` slots out of the tree if so many are unlocked, the longest unused leaves first.
+        """Take `count` slots out of the tree, or all that are unlocked if they are fewer, the longest unused first.
 
-        A leaf's end goes before its beginning, so that a prefix stays usable. The caller frees the slots.
+        The caller frees the slots.
         """
         taken: list[Slots] = []
         missing = count
-        while missing > 0 and (leaf := self._pop_idle()) is not None:
-            keep = max(0, len(leaf) - missing)
-            taken.append(leaf.slots[keep:])
-            missing -= len(leaf) - keep
-            self.size -= len(leaf) - keep
-            if keep:  # copies, lest the rest hold the memory of what has gone
-                leaf.tokens, leaf.tags = leaf.tokens[:keep].copy(), leaf.tags[:keep].copy()
-                leaf.slots = leaf.slots[:keep].copy()
-                self._note_idle(leaf)
-            else:
-                self._remove(leaf)
-        return np.concatenate(taken) if taken else np.empty(0, np.int64)
+        while len(some := self.evict_from_oldest(missing)):
+            taken.append(some)
+            missing -= len(some)
+        return _joined(taken)
+
+    def _tell(self, node: Node, by: int) -> None:
+        if self._on_idle is not None:
+            self._on_idle(node.slots, by)
 
     def _note_idle(self, node: Node) -> None:
         """Remember `node` as one that `evict` may take, if it is."""
@@ -247,10 +301,10 @@ class RadixTree:
         upper.children[int(node.tokens[0])] = [node]
         return upper
 
-    def _touch(self, node: Node) -> None:
-        self._clock += 1
+    def touch(self, node: Node | None, now: int) -> None:
+        """Mark the path that ends at `node` as used."""
         for each in self._path(node):
-            each.last_used = self._clock
+            each.last_used = now
 
     @staticmethod
     def _path(node: Node | None) -> Iterator[Node]:
@@ -279,8 +333,15 @@ class RadixTree:
 
     def all_slots(self) -> Slots:
         """Every slot that the tree owns."""
-        parts = [node.slots for _, node in self._nodes()]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return _joined([node.slots for _, node in self._nodes()])
+
+    def idle_slots(self) -> Slots:
+        """Every slot that nobody locks."""
+        return _joined([node.slots for _, node in self._nodes() if not node.locks])
+
+    def all_tags(self) -> Ints:
+        """The tags of all elements, in the order of `all_slots`."""
+        return _joined([node.tags for _, node in self._nodes()])
 
     def check_integrity(self, held: list[Node | None]) -> None:
         """Raises AssertionError on a broken link, an ambiguous branch, a shared slot, a wrong count or a wrong lock.
@@ -315,7 +376,18 @@ def _root(namespace: Namespace) -> Root:
     return Root(nothing, nothing, nothing, None, namespace=namespace)
 
 
+def _joined(parts: list[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
 def _only(node: Node) -> Node | None:
     """The only child of `node`, if it has exactly one."""
     below = list(itertools.islice(itertools.chain.from_iterable(node.children.values()), 2))
     return below[0] if len(below) == 1 else None
+
+
+def _borderless(upper: Node, lower: Node) -> bool:
+    """Whether nothing branches off between the two, no lease ends there, and both were used last at one time: times
+    that differ must not be mixed, or what was not used for long would be kept, or what was used be evicted."""
+    same = upper.locks == lower.locks and upper.last_used == lower.last_used
+    return same and upper.parent is not None and _only(upper) is lower

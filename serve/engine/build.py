@@ -136,10 +136,12 @@ def build_engine(
     place = next(model.parameters())
     context = _max_context(model, max_model_len)
     slots = cache_tokens or _affordable_tokens(shape, place.dtype, place.device, context)
-    context = min(context, slots)
-    cache = RoleCache(sharing, slots, lr_slots=slots, a_digest=adapters.a_digest() if adapters else "")
+    paged = sharing is SharingMode.BASE_SHARED
+    per = shape.lr_per_slot if paged else 1
+    cache = RoleCache(sharing, slots, lr_per_slot=per, a_digest=adapters.a_digest() if adapters else "")
+    context = min(context, cache.longest)
     roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
-    pools = CachePools(shape, slots, slots, place.dtype, place.device)
+    pools = CachePools(shape, slots, place.dtype, place.device, paged=paged)
     vocab_size = model.config.get_text_config().vocab_size
     on_gpu = place.device.type == "cuda"
     runner = Runner(

@@ -1,100 +1,204 @@
-"""What the next step processes: first come, first served, all running sequences in every step."""
+"""What the next step processes, and who runs."""
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from lragent.serve.cache.role_cache import RoleCache
 from lragent.serve.engine.sequence import Piece, Sequence
 from lragent.serve.engine.types import Usage
+from lragent.serve.engine.waiting import WaitingLine
 
 
 @dataclass
 class Scheduler:
     """Keeps the waiting and the running sequences.
 
-    Each step takes every running sequence that decodes, then prefills in order of arrival up to `token_budget` tokens.
-    Where slots run out, the sequence that came last is preempted: what it computed stays cached as long as there is
-    room, and it resumes with its generated tokens as part of its context.
+    Each step takes every running sequence that decodes, then prefills up to `token_budget` tokens. The rule, for
+    prefills as for who may run next: fewest tokens left to compute go first, each step that has passed a sequence over
+    counting as `token_budget` tokens fewer. So an agent's next step is not stuck behind a long new prompt, and the long
+    prompt has its turn after as many steps as it would take alone.
+
+    Where slots run out, the sequence that was admitted last is preempted: what it computed stays cached as long as
+    there is room, and it resumes, before all who wait, with its generated tokens as part of its context.
+
+    Prompts are handed to the trees chunk by chunk. One that a running sequence is about to compute a prefix of, longer
+    by `least_gain` tokens than what is cached, is held back until that prefix is there: others pass it meanwhile.
+
+    Not more than one token of a sequence may be in flight when `schedule` is called.
+    check: check the integrity of everything before each step (slow, for debugging).
     """
 
     cache: RoleCache
     max_sequences: int
     token_budget: int
-    waiting: deque[Sequence] = field(default_factory=deque)
+    least_gain: int = 8
+    check: bool = False
     running: list[Sequence] = field(default_factory=list)
+    """In the order in which they were admitted."""
     preempted: int = 0
-    _full: bool = False
-    """The first that waits has found no room, and nothing has changed since."""
+    held_back: int = 0
+    """How many times a sequence was held back, up to now."""
+    _line: WaitingLine = field(default_factory=WaitingLine)
+    _arrived: list[Sequence] = field(default_factory=list)
+    """Added since the last step; they have no place in the line yet."""
+    _steps: int = 0
+    _full: Sequence | None = None
+    """It has found no room, and nothing has changed since."""
+
+    def __post_init__(self) -> None:
+        self._rows = list(range(self.max_sequences))  # a heap: the free ones
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Everybody who waits, in the order in which they would run; then who is held back, then who has just come."""
+        return [*self._line.everybody(), *self._arrived]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(sequence)
+        self._arrived.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; what it computed stays cached."""
-        if sequence in self.running:
+        if sequence.lease is not None:
             self.running.remove(sequence)
             self._release(sequence)
+        elif sequence in self._arrived:
+            self._arrived.remove(sequence)
         else:
-            self.waiting.remove(sequence)
-            self._full = False
+            self._line.remove(sequence)
 
     def schedule(self) -> list[Piece]:
-        """The pieces of the next step, each with its slots reserved; empty if there is nothing to do."""
-        while self.waiting and len(self.running) < self.max_sequences and not self._full:
-            if self.waiting[0].in_flight:
-                break
-            self._admit()
-        pieces: list[Piece] = []
-        budget = self.token_budget
-        for sequence in sorted(self.running, key=lambda s: s.held.length - s.computed > 1):  # decoding first, stable
-            if sequence not in self.running:
-                continue  # preempted for one before it
-            if budget == 0:
-                break
-            if sequence.computed == sequence.held.length:
-                continue
-            end = min(sequence.held.length, sequence.computed + budget)
-            if not self._reserve(sequence, end, pieces):
-                continue
-            pieces.append(Piece(sequence, sequence.computed, end))
-            budget -= end - sequence.computed
+        """The pieces of the next step, each with its slots reserved; empty if there is nothing to do, or all that runs
+        and all that could run waits for a token in flight."""
+        if self.check:
+            self.check_integrity()
+        self._admit_all()
+        pieces = self._pieces()
+        if not pieces and not self.running:  # the only one was preempted to clear the cache, see _reserve
+            self._admit_all()
+            pieces = self._pieces()
+        if pieces:
+            self._steps += 1
+            for piece in pieces:
+                piece.sequence.served = self._steps
         return pieces
 
     def advanced(self, piece: Piece) -> None:
-        """A piece was given to the device."""
-        sequence = piece.sequence
+        """A step with this piece was launched. Hands in what that computes of the prompt: the device does steps in
+        order, so a later step may read it. Call it for all pieces of a step before the next `schedule`."""
+        sequence, lease = piece.sequence, piece.sequence.held
         sequence.computed = piece.end
-        if piece.end == len(sequence.request.prompt.ids):  # it is complete: others may use it from now on
-            self.cache.commit(sequence.held, piece.end)
+        length = min(sequence.keepable, lease.prompt)
+        if length > self.cache.handed_in(lease):
+            self.cache.commit(lease, length)
+            self._line.progressed(sequence, length)
 
-    def _admit(self) -> None:
-        """Let the first that waits run, if there is room for what is known of it: else it would only be preempted."""
-        sequence = self.waiting[0]
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a sequence, a row or a slot is lost or taken twice."""
+        self.cache.check_integrity()
+        self._line.check_integrity(self.running)
+        rows = [sequence.row for sequence in self.running]
+        assert sorted([*rows, *self._rows]) == list(range(self.max_sequences)), "a row is lost or taken twice"
+        for sequence in self.running:
+            lease = sequence.held
+            assert sequence.computed <= lease.length, "more is computed than there is"
+            assert (
+                min(lease.reserved, lease.lr_reserved if lease.lr_slots.size else lease.reserved) >= sequence.computed
+            )
+        assert all(sequence.lease is None and sequence.row < 0 for sequence in self.waiting), (
+            "one who waits has a lease"
+        )
+
+    def _pieces(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        budget = self.token_budget
+        for sequence in self._in_order():
+            if budget == 0:
+                break
+            lease = sequence.lease
+            if lease is None:
+                continue  # preempted for one before it
+            preempted = self.preempted
+            end = min(lease.length, sequence.computed + budget)
+            if self._reserve(sequence, end, pieces):
+                pieces.append(Piece(sequence, sequence.computed, end))
+                budget -= end - sequence.computed
+            if self.preempted > preempted:  # perhaps out of this step
+                budget = self.token_budget - sum(piece.end - piece.start for piece in pieces)
+        return pieces
+
+    def _in_order(self) -> list[Sequence]:
+        """Who has something to compute: who decodes, then who prefills, by the rule."""
+        decoding: list[Sequence] = []
+        prefilling: list[tuple[int, Sequence]] = []
+        for sequence in self.running:
+            left = sequence.held.length - sequence.computed
+            if left == 1:
+                decoding.append(sequence)
+            elif left > 1:
+                prefilling.append((self._key(left, sequence.served), sequence))
+        prefilling.sort(key=lambda pair: pair[0])
+        return [*decoding, *(sequence for _, sequence in prefilling)]
+
+    def _key(self, left: int, since: int) -> int:
+        """`left - token_budget * (now - since)`, less what all have in common: so it never changes while one waits."""
+        return left + self.token_budget * since
+
+    def _admit_all(self) -> None:
+        """Let run who may, in order."""
+        competing = len(self._arrived) + len(self._line) > self.max_sequences - len(self.running)
+        for sequence in self._arrived:
+            sequence.served = self._steps
+            self._line.add(sequence, self._key(self._left(sequence) if competing else 0, self._steps))
+        self._arrived.clear()
+        while len(self.running) < self.max_sequences:
+            sequence = self._line.head()
+            if sequence is None or sequence is self._full or sequence.in_flight:
+                break  # whoever was preempted with a token in flight is not passed by those who came later
+            self._admit(sequence)
+
+    def _left(self, sequence: Sequence) -> int:
         prompt = sequence.request.prompt
-        tokens = np.concatenate([prompt.ids, np.array(sequence.generated, np.int64)])
-        own = np.full(len(sequence.generated), sequence.role.reader.writer, np.int64)
+        tokens, _ = sequence.context()
+        found = self.cache.measure(
+            tokens, opening=prompt.opening, reader=sequence.role.reader, salt=sequence.request.salt
+        )
+        return len(tokens) - found
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Let the head of the line run, if nobody computes its prompt just now, and if there is room for what is known
+        of it and of all who run: else somebody would only be preempted."""
+        prompt = sequence.request.prompt
+        tokens, tags = sequence.context()
+        opening = prompt.opening + len(sequence.generated)
         lease = self.cache.open(
             tokens,
-            np.concatenate([sequence.tags, own]),
-            opening=prompt.opening + len(sequence.generated),
+            tags,
+            opening=opening,
             reader=sequence.role.reader,
             salt=sequence.request.salt,
             capacity=sequence.capacity,
         )
-        if self.running and not self.cache.fits(lease, lease.length):
+        for runner in self.running:
+            until = self.cache.promised(lease, opening, runner.held, self.least_gain)
+            if until:
+                self.cache.close(lease, 0)
+                self._line.hold_head_back(runner, until)
+                self.held_back += 1
+                return
+        computed = lease.lr_reused if self.cache.own_residuals else lease.base_reused
+        if self.running and not self.cache.fits(lease, lease.length, [each.held for each in self.running]):
             self.cache.close(lease, 0)
-            self._full = True
+            self._line.put_head_at(self._key(lease.length - computed, sequence.served))
+            self._full = sequence
             return
-        self.waiting.popleft()
+        self._line.pop()
         sequence.lease = lease
-        taken = {other.row for other in self.running}
-        sequence.row = next(row for row in range(self.max_sequences) if row not in taken)
-        sequence.computed = lease.lr_reused if self.cache.own_residuals else lease.base_reused
+        sequence.computed = computed
+        sequence.row = heapq.heappop(self._rows)
+        sequence.served = self._steps
         if sequence.usage_at_start is None:
             size = len(prompt.ids)
             sequence.usage_at_start = Usage(
@@ -108,15 +212,15 @@ class Scheduler:
         self.running.append(sequence)
 
     def _reserve(self, sequence: Sequence, end: int, pieces: list[Piece]) -> bool:
-        """Slots for `sequence` up to `end`, preempting from the last on; False if it was preempted itself.
-
-        A sequence that is in this step already is not preempted.
-        """
-        taken = {id(piece.sequence) for piece in pieces}
+        """Slots for `sequence` up to `end`, preempting from the last on, out of this step if need be; False if it was
+        preempted itself."""
         while not self.cache.fits(sequence.held, end):
-            victim = next(s for s in reversed(self.running) if id(s) not in taken)
+            victim = self.running[-1]
+            pieces[:] = [piece for piece in pieces if piece.sequence is not victim]
             self._preempt(victim)
             if victim is sequence:
+                if not self.running:  # what it holds lies in too many half-empty pages: it begins anew in whole ones
+                    self.cache.clear()
                 return False
         self.cache.reserve(sequence.held, end)
         return True
@@ -124,10 +228,13 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self._line.add_in_front(sequence)
         self.preempted += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.cache.close(sequence.held, sequence.settled)
-        sequence.lease, sequence.row = None, -1
-        self._full = False
+        self.cache.close(sequence.held, sequence.keepable)
+        sequence.lease = None
+        heapq.heappush(self._rows, sequence.row)
+        sequence.row = -1
+        self._line.gone(sequence)
+        self._full = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from lragent.serve.cache.lease import Lease, Reader
 from lragent.serve.cache.radix import Ints
-from lragent.serve.cache.role_cache import Lease, Reader
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
 
@@ -24,10 +26,11 @@ class EngineRole:
 class Sequence:
     """One request in the scheduler's hands.
 
-    tags: [P], who is to write each prompt position. seed: of its random draws. generated: answer tokens that are known;
-    the last one is not computed yet. last_logprob: of the last one, where asked for. lease: None while waiting. row: in
-    0 … the most that run at once - 1, -1 while waiting. computed: positions whose cache is written, found, or
-    being written by a launched step. in_flight: tokens that were drawn and are not known yet.
+    tags: [P], who is to write each prompt position. seed: of its random draws. generated: answer tokens as far as they
+    are known. last_logprob: of the last one, where asked for. lease: None while waiting. computed: positions whose
+    cache is written (or was found), or is being written by a step that was launched. in_flight: tokens drawn by
+    launched steps that are not known yet; the lease holds placeholders for them. row: its row in the device's tables
+    while it runs, else -1. served: the scheduler's step in which it last had a piece, or was admitted.
     """
 
     request: GenerationRequest
@@ -40,11 +43,27 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     last_logprob: TokenLogprob | None = None
     lease: Lease | None = None
-    row: int = -1
     computed: int = 0
     in_flight: int = 0
+    row: int = -1
+    served: int = 0
     usage_at_start: Usage | None = None
     """Prompt counts of the first admission; a preemption does not change them."""
+
+    @property
+    def held(self) -> Lease:
+        """The lease of a running sequence."""
+        assert self.lease is not None, "this sequence does not run"
+        return self.lease
+
+    @property
+    def keepable(self) -> int:
+        """Computed positions that may be handed to the trees.
+
+        Their tokens are known, and they lie before the answer's last token: if that ends the turn, a step that was
+        launched meanwhile has computed a position after the end.
+        """
+        return min(self.computed, len(self.request.prompt.ids) + max(0, len(self.generated) - 1))
 
     @property
     def goes_on(self) -> bool:
@@ -58,13 +77,6 @@ class Sequence:
         known = len(self.request.prompt.ids) + len(self.generated)
         return len(self.generated) == self.request.params.max_tokens or known > self.capacity
 
-    @property
-    def settled(self) -> int:
-        """Positions that may stay cached: computed, of known tokens, and not beyond the end of the answer."""
-        if not self.generated:
-            return self.computed
-        return min(self.computed, len(self.request.prompt.ids) + len(self.generated) - 1)
-
     def take(self, token: int) -> None:
         """A token that was drawn is known now."""
         position = len(self.request.prompt.ids) + len(self.generated)
@@ -72,11 +84,13 @@ class Sequence:
         if self.lease is not None and position < self.lease.length:
             self.lease.tokens[position] = token
 
-    @property
-    def held(self) -> Lease:
-        """The lease of a running sequence."""
-        assert self.lease is not None, "this sequence does not run"
-        return self.lease
+    def context(self) -> tuple[Ints, Ints]:
+        """What is known: the tokens of prompt and answer, and who is to write each."""
+        tokens, tags = self.request.prompt.ids, self.tags
+        if not self.generated:
+            return tokens, tags
+        own = np.full(len(self.generated), self.role.reader.writer)
+        return np.concatenate([tokens, np.array(self.generated)]), np.concatenate([tags, own])
 
     def usage(self) -> Usage:
         """What this request cost up to now."""

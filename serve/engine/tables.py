@@ -23,11 +23,11 @@ class SlotTables:
         for piece in pieces:
             sequence, lease = piece.sequence, piece.sequence.held
             if lease.told < piece.end:
-                self._tell(self.base, sequence.row, lease.told, lease.base_slots)
-                lease.told = len(lease.base_slots)
+                self._tell(self.base, sequence.row, lease.told, lease.base_slots[: lease.reserved])
+                lease.told = lease.reserved
             if self.low is not self.base and lease.lr_told < piece.end:
-                self._tell(self.low, sequence.row, lease.lr_told, lease.lr_slots)
-                lease.lr_told = len(lease.lr_slots)
+                self._tell(self.low, sequence.row, lease.lr_told, lease.lr_slots[: lease.lr_reserved])
+                lease.lr_told = lease.lr_reserved
 
     @staticmethod
     def _tell(table: torch.Tensor, row: int, start: int, slots: Slots) -> None:

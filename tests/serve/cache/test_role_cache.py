@@ -56,10 +56,11 @@ class RoleCacheMachine(RuleBasedStateMachine):
         self.born: dict[int, int] = {}  # by base slot: which forward pass wrote it
         self.over: dict[int, int] = {}  # by LR slot: which base entry it stands beside
 
-    @initialize(lr_slots=st.sampled_from([32, 100]), growth=st.sampled_from([1, 4, 64]))
-    def start(self, lr_slots: int, growth: int) -> None:
-        """Either pool may be the one that runs full: then base entries outlive their LR, or would be outlived by it."""
-        self.cache = RoleCache(self.mode, SLOTS, lr_slots=lr_slots, a_digest="A", growth=growth)
+    @initialize(per=st.sampled_from([1, 3, 8]), growth=st.sampled_from([1, 4, 64]))
+    def start(self, per: int, growth: int) -> None:
+        """LR entries may be as large as base entries, or much smaller."""
+        self.per = per
+        self.cache = RoleCache(self.mode, SLOTS, lr_per_slot=per, a_digest="A", growth=growth)
         self.cache.set_live_writers(self.live)
 
     @property
@@ -143,14 +144,16 @@ class RoleCacheMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> Running:
         return data.draw(st.sampled_from(self.running))
 
-    def obtainable(self, low: bool) -> int:
-        """Slots that are free, or in a tree and part of nobody's context."""
-        pool, tree = (self.cache.lr_pool, self.cache.lr_tree) if low else (self.cache.base_pool, self.cache.base_tree)
+    def has_room(self, base: int, low: int) -> bool:
+        """Whether so many slots were free if all that is part of nobody's context were gone."""
         held: set[int] = set()
+        held_low: set[int] = set()
         for each in self.running:
-            slots = each.lease.lr_slots if low else each.lease.base_slots
-            held.update(slots.tolist())
-        return pool.free_count + len(set(tree.all_slots().tolist()) - held)
+            held.update(each.lease.base_slots[: each.lease.reserved].tolist())
+            held_low.update(each.lease.lr_slots[: each.lease.lr_reserved].tolist())
+        pages = {slot // self.per for slot in held_low}
+        low -= len(pages) * self.per - len(held_low)
+        return base + max(0, -(-low // self.per)) <= SLOTS - len(held) - len(pages)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), count=st.integers(1, 16))
@@ -162,9 +165,8 @@ class RoleCacheMachine(RuleBasedStateMachine):
     def process(self, each: Running, end: int) -> bool:
         """Whether there was room for it."""
         lease = each.lease
-        enough = end - len(lease.base_slots) <= self.obtainable(low=False)
-        if self.residuals:
-            enough = enough and end - len(lease.lr_slots) <= self.obtainable(low=True)
+        low = max(0, end - lease.lr_reserved) if self.residuals else 0
+        enough = self.has_room(max(0, end - lease.reserved), low)
         before = {*self.cache.base_tree.all_slots().tolist()}
         evicted = self.cache.counters.base_evicted
         assert self.cache.fits(lease, end) == enough
@@ -174,7 +176,8 @@ class RoleCacheMachine(RuleBasedStateMachine):
             assert before == {*self.cache.base_tree.all_slots().tolist()}, "evicted for nothing"
             return False
         self.cache.reserve(lease, end)
-        assert min(len(lease.base_slots), lease.capacity) >= end
+        assert lease.capacity >= lease.reserved >= end
+        assert lease.lr_reserved >= end or not self.residuals
         gone = before - {*self.cache.base_tree.all_slots().tolist()}
         assert len(gone) == self.cache.counters.base_evicted - evicted
         history = tuple(zip(lease.tokens.tolist(), lease.tags.tolist(), strict=True))
@@ -205,7 +208,15 @@ class RoleCacheMachine(RuleBasedStateMachine):
     def hand_in(self, each: Running, length: int) -> None:
         """Commit. An LR entry belongs to the base entry that lies beside it once both are in the trees."""
         in_tree = {*self.cache.lr_tree.all_slots().tolist()}
-        self.cache.commit(each.lease, length)
+        lease = each.lease
+        slots = lease.base_slots.copy(), lease.lr_slots.copy()
+        lease.told, lease.lr_told = data_told = (each.computed, each.computed if self.residuals else 0)
+        self.cache.commit(lease, length)
+        assert (lease.base_slots[: lease.told] == slots[0][: lease.told]).all(), "a slot changed and nobody is told"
+        assert (lease.lr_slots[: lease.lr_told] == slots[1][: lease.lr_told]).all()
+        changed = [np.flatnonzero(a != b) for a, b in zip((lease.base_slots, lease.lr_slots), slots, strict=True)]
+        for now, then, where in zip((lease.told, lease.lr_told), data_told, changed, strict=True):
+            assert now == (min(then, int(where[0])) if len(where) else then)
         if self.residuals:
             for n in range(each.committed, length):
                 slot, born = int(each.lease.lr_slots[n]), self.born[int(each.lease.base_slots[n])]
@@ -238,7 +249,7 @@ class RoleCacheMachine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.cache.clear()
-        held = {slot for each in self.running for slot in each.lease.base_slots.tolist()}
+        held = {slot for each in self.running for slot in each.lease.base_slots[: each.lease.reserved].tolist()}
         assert {*self.cache.base_tree.all_slots().tolist()} <= held
 
     @invariant()
@@ -246,6 +257,7 @@ class RoleCacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         for each in self.running:
             lease = each.lease
+            assert lease.lr_committed <= lease.committed, "an LR entry is locked and its base entry is not"
             history = tuple(zip(lease.tokens.tolist(), lease.tags.tolist(), strict=True))
             for n in range(max(each.computed, lease.base_reused)):
                 assert self.base[int(lease.base_slots[n])] == (self.names(lease), history[: n + 1])
