@@ -44,11 +44,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     flag("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
     flag("--max-tokens-in-cache", type=int, metavar="N", help="size of the KV cache in tokens")
+    flag("--gpu-memory-utilization", type=float, metavar="SHARE", help="of a GPU's memory, in all (default: 0.9)")
     flag("--max-num-seqs", type=int, metavar="N", help="requests that run at once (default: 16)")
+    flag(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of one step; longer prompts are cut (default: 8192 on a GPU, 512 on a CPU)",
+    )
     flag("--seed", type=int, help="for requests without a seed of their own (default: 0)")
     flag("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="port to listen on; 0 picks a free one (default: 8000)")
     flag("--log-level", help="critical, error, warning, info or debug (default: warning)")
+    flag(
+        "--check-integrity",
+        action="store_true",
+        default=None,
+        help="check the cache before every step and stop at a fault; slow, for debugging",
+    )
     flag("overrides", nargs="*", metavar="key=value", help="settings over those of the file, such as drain_s=10")
     parser.set_defaults(run=run)
 
@@ -71,8 +84,11 @@ def run(args: argparse.Namespace) -> int:
             device=_device(settings.device),
             max_model_len=settings.max_model_len,
             cache_tokens=settings.max_tokens_in_cache,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
             seed=settings.seed,
+            check_integrity=settings.check_integrity,
         )
         service.start()
         try:

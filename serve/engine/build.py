@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from lragent.serve.engine.cached_pass import CachedAttention
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
 from lragent.serve.engine.kernel_pass import KernelAttention
+from lragent.serve.engine.memory import GPU_SHARE, cache_slots, default_token_budget
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.scheduler import Scheduler
 from lragent.serve.engine.sequence import EngineRole
@@ -37,12 +37,6 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """By name; "auto" is float32 on the CPU and bfloat16 elsewhere."""
-DEFAULT_CACHE_TOKENS = 65_536
-"""Slots where nobody says how many, and memory is no concern."""
-MEMORY_SHARE = 0.25
-"""Of the memory that is free at start: the most that the cache takes where nobody says."""
-TOKEN_BUDGET = 512
-"""Tokens per step: a longer prompt is prefilled in chunks of it."""
 
 
 def build_service(
@@ -57,12 +51,16 @@ def build_service(
     cache_tokens: int | None,
     max_num_seqs: int,
     seed: int,
+    gpu_memory_utilization: float = GPU_SHARE,
+    max_num_batched_tokens: int | None = None,
+    check_integrity: bool = False,
 ) -> EngineService:
     """Load everything that `lragent serve` names. The service is not started yet.
 
     model: as `resolve_model` takes it. roles: path of a pack, or None to serve the base model alone. prefix_writer:
-    None takes what the pack was trained for. dtype: a key of `DTYPES`. max_model_len, cache_tokens: None derives
-    them from the model and the free memory. Raises UserError naming the option at fault.
+    None takes what the pack was trained for. dtype: a key of `DTYPES`. max_model_len, cache_tokens,
+    max_num_batched_tokens: None derives them from the model, the free memory and the device. Raises UserError naming
+    the option at fault.
     """
     source = resolve_model(model)
     print_of_base = fingerprint(source.path)
@@ -77,8 +75,11 @@ def build_service(
         prefix_writer=prefix_writer,
         max_model_len=max_model_len,
         cache_tokens=cache_tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
         max_num_seqs=max_num_seqs,
+        token_budget=max_num_batched_tokens,
         seed=seed,
+        check_integrity=check_integrity,
     )
     names = [] if adapters is None else list(adapters.role_names)
     cards = [RoleCard(source.name, None, str(source.path), None)]
@@ -97,11 +98,17 @@ def build_engine(
     prefix_writer: PrefixWriter | None = None,
     max_model_len: int | None = None,
     cache_tokens: int | None = None,
+    gpu_memory_utilization: float = GPU_SHARE,
     max_num_seqs: int = 16,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     seed: int = 0,
+    check_integrity: bool = False,
 ) -> Engine:
-    """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place."""
+    """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place.
+
+    token_budget: tokens per step. check_integrity: check all that the scheduler keeps before each step (slow, for
+    debugging).
+    """
     router = Router()
     split: frozenset[str] = frozenset()
     if adapters is not None:
@@ -120,10 +127,26 @@ def build_engine(
     shape = _cache_shape(model, adapters, split)
     place = next(model.parameters())
     context = _max_context(model, max_model_len)
-    slots = cache_tokens or _affordable_tokens(shape, place.dtype, place.device, context)
+    slots = cache_slots(
+        shape,
+        place.dtype,
+        place.device,
+        sharing=sharing,
+        context=context,
+        asked=cache_tokens,
+        utilization=gpu_memory_utilization,
+    )
+    budget = token_budget or default_token_budget(place.device, max_num_seqs)
     paged = sharing is SharingMode.BASE_SHARED
     per = shape.lr_per_slot if paged else 1
-    cache = RoleCache(sharing, slots, lr_per_slot=per, a_digest=adapters.a_digest() if adapters else "")
+    cache = RoleCache(
+        sharing,
+        slots,
+        lr_per_slot=per,
+        a_digest=adapters.a_digest() if adapters else "",
+        slot_bytes=shape.base_bytes(place.dtype),
+        lr_slot_bytes=0 if paged else shape.lr_bytes(place.dtype),
+    )
     context = min(context, cache.longest)
     roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
     pools = CachePools(shape, slots, place.dtype, place.device, paged=paged)
@@ -131,7 +154,7 @@ def build_engine(
     writers = {role.reader.writer: role.index for role in roles.values()}
     return Engine(
         runner=Runner(model, router, attention, sharing, split, writers),
-        scheduler=Scheduler(cache, max_num_seqs, token_budget),
+        scheduler=Scheduler(cache, max_num_seqs, budget, check=check_integrity),
         tokenizer=tokenizer,
         roles=roles,
         end_tokens=end_tokens_of(model, tokenizer),
@@ -208,15 +231,3 @@ def _max_context(model: PreTrainedModel, asked: int | None) -> int:
     if not 2 <= asked <= most:
         raise UserError(f"--max-model-len: must be between 2 and the model's {most}, not {asked}.")
     return asked
-
-
-def _affordable_tokens(shape: CacheShape, dtype: torch.dtype, device: torch.device, context: int) -> int:
-    """Slots that fit into a share of the free memory, at least one full context."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    fitting = int(free * MEMORY_SHARE) // (shape.base_bytes(dtype) + shape.lr_bytes(dtype))
-    if fitting < 2:
-        raise UserError("cache_tokens: no memory is left for a cache; free some, or serve a smaller model.")
-    return max(min(fitting, DEFAULT_CACHE_TOKENS), min(context, fitting))
