@@ -7,7 +7,9 @@ lengths; and plain torch, where there is no GPU or a rank is too large.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -172,6 +174,23 @@ def cached_attention(
     with _device_of(query):
         (launch_split if plan.sizes.programs else launch_prefill)(arguments, plan, out)
     return out
+
+
+def plans_ahead(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device, tokens: int, most_context: int
+) -> list[Callable[[], None]]:
+    """What cuDNN can plan before somebody waits for it: chunks of `tokens` in contexts up to `most_context`.
+
+    Each call plans one shape. None where long chunks go another way.
+    """
+    if device.type != "cuda" or dtype is torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
+        return []
+    from lragent.kernels.expanded import CUDNN_DIMS, plan_shape, shapes_ahead
+
+    if dim not in CUDNN_DIMS:
+        return []
+    shapes = shapes_ahead(tokens, most_context)
+    return [partial(plan_shape, shape, heads, kv_heads, dim, dtype, device) for shape in shapes]
 
 
 def write_cache(

@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lragent.errors import UserError
 from lragent.modes import PrefixWriter, SharingMode
 
 if TYPE_CHECKING:
@@ -44,11 +43,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     flag("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
     flag("--max-tokens-in-cache", type=int, metavar="N", help="size of the KV cache in tokens")
+    flag("--gpu-memory-utilization", type=float, metavar="SHARE", help="of a GPU's memory, in all (default: 0.9)")
     flag("--max-num-seqs", type=int, metavar="N", help="requests that run at once (default: 16)")
+    flag(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of one step; longer prompts are cut (default: 8192 on a GPU, 512 on a CPU)",
+    )
+    flag(
+        "--enforce-eager",
+        action="store_true",
+        default=None,
+        help="capture no CUDA graphs: starts faster, runs slower; for debugging",
+    )
     flag("--seed", type=int, help="for requests without a seed of their own (default: 0)")
     flag("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="port to listen on; 0 picks a free one (default: 8000)")
     flag("--log-level", help="critical, error, warning, info or debug (default: warning)")
+    flag(
+        "--check-integrity",
+        action="store_true",
+        default=None,
+        help="check the cache before every step and stop at a fault; slow, for debugging",
+    )
     flag("overrides", nargs="*", metavar="key=value", help="settings over those of the file, such as drain_s=10")
     parser.set_defaults(run=run)
 
@@ -68,11 +86,15 @@ def run(args: argparse.Namespace) -> int:
             sharing=settings.sharing,
             prefix_writer=settings.prefix_writer,
             dtype=settings.dtype,
-            device=_device(settings.device),
+            device=settings.device,
             max_model_len=settings.max_model_len,
-            cache_tokens=settings.max_tokens_in_cache,
+            max_tokens_in_cache=settings.max_tokens_in_cache,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
             seed=settings.seed,
+            enforce_eager=settings.enforce_eager,
+            check_integrity=settings.check_integrity,
         )
         service.start()
         try:
@@ -91,17 +113,6 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
     names = ServeSettings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     return replace(settings, **given)
-
-
-def _device(asked: str) -> str:
-    """What torch calls the device. Raises `UserError` where there is none."""
-    import torch
-
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device: {asked} is asked for, but torch finds no CUDA device; use --device cpu.")
-    return asked
 
 
 def _member(kind: type[StrEnum]) -> Callable[[str], StrEnum]:

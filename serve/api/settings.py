@@ -31,8 +31,12 @@ class ServeSettings:
     """Tokens of prompt and answer together; None: what the model allows."""
     max_tokens_in_cache: int | None = None
     """Slots of the KV cache, one token each; None: chosen by the engine."""
+    gpu_memory_utilization: float = 0.9
+    """On a GPU: the share of its memory that may be in use, weights and cache and all."""
     max_num_seqs: int = 16
     """Requests that run at once; the rest wait."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step; longer prompts are cut. None: 8192 on a GPU, 512 on a CPU."""
     seed: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
@@ -42,13 +46,31 @@ class ServeSettings:
     drain_s: int = 5
     """Seconds that open requests may still run after SIGTERM or SIGINT."""
     log_level: str = "warning"
+    enforce_eager: bool = False
+    """On a GPU: capture no CUDA graphs. Starts faster, runs slower: for debugging."""
+    check_integrity: bool = False
+    """Check the cache and the scheduler before every step, and stop at a fault. Slow: for debugging."""
 
     def __post_init__(self) -> None:
-        at_least = (("max_model_len", 2), ("max_tokens_in_cache", 2), ("max_num_seqs", 1), ("max_body_bytes", 1))
+        at_least = (
+            ("max_model_len", 2),
+            ("max_tokens_in_cache", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("max_body_bytes", 1),
+        )
         for name, least in at_least:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: must be at least {least}, not {value}.")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise UserError(
+                f"max_num_batched_tokens: must be at least max_num_seqs, which is {self.max_num_seqs}, not "
+                f"{self.max_num_batched_tokens}: each request that runs takes a token of every step."
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            value = self.gpu_memory_utilization
+            raise UserError(f"gpu_memory_utilization: must be above 0 and at most 1, not {value}.")
         if not 0 <= self.port <= 65535:
             raise UserError(f"port: must be between 0 and 65535, not {self.port}.")
         if self.drain_s < 0:

@@ -15,6 +15,16 @@ from lragent.serve.cache.radix import Accept, Ints, Namespace, Node, RadixTree
 from lragent.serve.cache.slots import OutOfSlotsError, SlotPool, Slots
 
 
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes by part of the cache: base entries (or full ones), and LR entries."""
+
+    base_used: int
+    base_total: int
+    lr_used: int
+    lr_total: int
+
+
 @dataclass
 class CacheCounters:
     """Running sums since the cache was made."""
@@ -33,6 +43,7 @@ class RoleCache:
     and so many of them lie in a page, which is a slot of the base pool; elsewhere an LR lies under its base entry's
     slot. a_digest: content digest of the shared A, which names who may read the LR of others. growth: slots that a
     growing sequence takes at once where there are enough, so that sequences that grow side by side stay in long runs.
+    slot_bytes: what a slot of the base pool takes. lr_slot_bytes: what the LR that lies under the same slot takes more.
 
     Eviction takes the leaf, of either tree, that was not used for the longest time, so base and LR cache share the
     memory as they use it. An LR entry is used only together with its base entry and goes first where both are as old:
@@ -44,6 +55,8 @@ class RoleCache:
     lr_per_slot: int = 1
     a_digest: str = ""
     growth: int = 64
+    slot_bytes: int = 0
+    lr_slot_bytes: int = 0
     counters: CacheCounters = field(default_factory=CacheCounters)
 
     def __post_init__(self) -> None:
@@ -71,6 +84,17 @@ class RoleCache:
     def base_used(self) -> int:
         """Slots that hold base entries."""
         return self.base_pool.used_count - self.lr_pool.page_count
+
+    def memory(self) -> CacheMemory:
+        """How the memory is used now. In `base_shared` both parts may take all of it."""
+        pages = self.lr_pool.page_count
+        lr_total = self.slots * (self.slot_bytes if self.own_residuals else self.lr_slot_bytes)
+        return CacheMemory(
+            base_used=self.base_used * self.slot_bytes,
+            base_total=self.slots * self.slot_bytes,
+            lr_used=pages * self.slot_bytes if self.own_residuals else self.base_used * self.lr_slot_bytes,
+            lr_total=lr_total,
+        )
 
     def set_live_writers(self, tags: list[int]) -> None:
         """Entries of other writers are misses from now on, until their writer is live again."""
@@ -342,4 +366,4 @@ def _check_paths(tree: RadixTree, held: list[tuple[Slots, int, int, Node | None]
         assert np.array_equal(tree.path_slots(node), slots[:committed]), "a lease and its path disagree"
 
 
-__all__ = ["CacheCounters", "Lease", "OutOfSlotsError", "Reader", "RoleCache"]
+__all__ = ["CacheCounters", "CacheMemory", "Lease", "OutOfSlotsError", "Reader", "RoleCache"]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 
-import psutil
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lragent.adapter_set import AdapterSet
@@ -29,8 +26,8 @@ from lragent.serve.engine.cached_pass import CachedAttention
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
 from lragent.serve.engine.fusing import fuse_layers
-from lragent.serve.engine.graphs import StepGraphs, ladder
 from lragent.serve.engine.kernel_pass import KernelAttention
+from lragent.serve.engine.memory import GPU_SHARE, cache_slots, default_token_budget
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
@@ -38,43 +35,45 @@ from lragent.serve.engine.sequence import EngineRole
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.tables import SlotTables
 from lragent.serve.engine.types import RoleCard
+from lragent.serve.engine.warm_up import capture_graphs, plan_long_chunks, step_bytes
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """By name; "auto" is float32 on the CPU and bfloat16 elsewhere."""
-DEFAULT_CACHE_TOKENS = 65_536
-"""Slots where nobody says how many, and memory is no concern."""
-MEMORY_SHARE = 0.25
-"""Of the memory that is free at start: the most that the cache takes where nobody says."""
-TOKEN_BUDGET = 512
-"""Tokens per step: a longer prompt is prefilled in chunks of it."""
 
 
 def build_service(
     *,
-    model: str | None,
-    roles: str | None,
-    sharing: SharingMode,
-    prefix_writer: PrefixWriter | None,
-    dtype: str,
-    device: str,
-    max_model_len: int | None,
-    cache_tokens: int | None,
-    max_num_seqs: int,
-    seed: int,
+    model: str | None = None,
+    roles: str | None = None,
+    sharing: SharingMode = SharingMode.BASE_LR_SHARED,
+    prefix_writer: PrefixWriter | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_model_len: int | None = None,
+    max_tokens_in_cache: int | None = None,
+    gpu_memory_utilization: float = GPU_SHARE,
+    max_num_seqs: int = 16,
+    max_num_batched_tokens: int | None = None,
+    seed: int = 0,
+    enforce_eager: bool = False,
+    check_integrity: bool = False,
 ) -> EngineService:
     """Load everything that `lragent serve` names. The service is not started yet.
 
     model: as `resolve_model` takes it. roles: path of a pack, or None to serve the base model alone. prefix_writer:
-    None takes what the pack was trained for. dtype: a key of `DTYPES`. max_model_len, cache_tokens: None derives
-    them from the model and the free memory. Raises UserError naming the option at fault.
+    None takes what the pack was trained for. dtype: a key of `DTYPES`. device: "auto", or as torch names it.
+    max_model_len, max_tokens_in_cache, max_num_batched_tokens: None derives them from the model, the free memory and
+    the device. enforce_eager: capture no CUDA graphs. Raises UserError naming the option at fault.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     source = resolve_model(model)
     print_of_base = fingerprint(source.path)
     adapters = read_pack(roles, expect_fingerprint=print_of_base) if roles is not None else None
     register_attention()
-    loaded = load_model(source, DTYPES[dtype], device, attn_implementation=ATTENTION)
+    loaded = load_model(source, DTYPES[dtype], _device(device), attn_implementation=ATTENTION)
     engine = build_engine(
         loaded,
         load_tokenizer(source),
@@ -82,9 +81,13 @@ def build_service(
         sharing=sharing,
         prefix_writer=prefix_writer,
         max_model_len=max_model_len,
-        cache_tokens=cache_tokens,
+        cache_tokens=max_tokens_in_cache,
+        gpu_memory_utilization=gpu_memory_utilization,
         max_num_seqs=max_num_seqs,
+        token_budget=max_num_batched_tokens,
         seed=seed,
+        graphs=not enforce_eager,
+        check_integrity=check_integrity,
     )
     names = [] if adapters is None else list(adapters.role_names)
     cards = [RoleCard(source.name, None, str(source.path), None)]
@@ -103,17 +106,20 @@ def build_engine(
     prefix_writer: PrefixWriter | None = None,
     max_model_len: int | None = None,
     cache_tokens: int | None = None,
+    gpu_memory_utilization: float = GPU_SHARE,
     max_num_seqs: int = 16,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     seed: int = 0,
     fused: bool = True,
     graphs: bool = True,
     ahead: bool | None = None,
+    check_integrity: bool = False,
 ) -> Engine:
     """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place.
 
-    fused: let fused layers stand in for the model's own where they can. graphs: capture steps as CUDA graphs. ahead:
-    launch a step before the one before it is read; None does so on a GPU.
+    token_budget: tokens per step. fused: let fused layers stand in for the model's own where they can. graphs: capture
+    steps as CUDA graphs. ahead: launch a step before the one before it is read; None does so on a GPU. check_integrity:
+    check all that the scheduler keeps before each step (slow, for debugging).
     """
     router = Router()
     split: frozenset[str] = frozenset()
@@ -134,32 +140,53 @@ def build_engine(
         fuse_layers(model, router, split)
     shape = _cache_shape(model, adapters, split)
     place = next(model.parameters())
+    device, dtype, on_gpu = place.device, place.dtype, place.device.type == "cuda"
     context = _max_context(model, max_model_len)
-    slots = cache_tokens or _affordable_tokens(shape, place.dtype, place.device, context)
+    budget = token_budget or default_token_budget(device, max_num_seqs)
     paged = sharing is SharingMode.BASE_SHARED
-    per = shape.lr_per_slot if paged else 1
-    cache = RoleCache(sharing, slots, lr_per_slot=per, a_digest=adapters.a_digest() if adapters else "")
-    context = min(context, cache.longest)
     roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
-    pools = CachePools(shape, slots, place.dtype, place.device, paged=paged)
     vocab_size = model.config.get_text_config().vocab_size
-    on_gpu = place.device.type == "cuda"
+
+    def attention(slots: int) -> CachedAttention | KernelAttention:
+        return _attention(model, CachePools(shape, slots, dtype, device, paged=paged), max_num_seqs, context, paged)
+
     runner = Runner(
         model,
         router,
-        _attention(model, pools, max_num_seqs, context, cache.own_residuals),
+        attention(1),
         sharing,
         split,
         {role.reader.writer: role.index for role in roles.values()},
-        BatchSampler(max_num_seqs, vocab_size, place.device),
+        BatchSampler(max_num_seqs, vocab_size, device),
         max_num_seqs,
         ahead=on_gpu if ahead is None else ahead,
     )
+    slots = cache_slots(
+        shape,
+        dtype,
+        device,
+        sharing=sharing,
+        context=context,
+        asked=cache_tokens,
+        utilization=gpu_memory_utilization,
+        activations=step_bytes(runner, model, shape, budget, max_num_seqs, context) if on_gpu else 0,
+    )
+    cache = RoleCache(
+        sharing,
+        slots,
+        lr_per_slot=shape.lr_per_slot if paged else 1,
+        a_digest=adapters.a_digest() if adapters else "",
+        slot_bytes=shape.base_bytes(dtype),
+        lr_slot_bytes=0 if paged else shape.lr_bytes(dtype),
+    )
+    context = min(context, cache.longest)
+    runner.attention = attention(slots)
     if on_gpu and graphs:
-        runner.graphs = capture_graphs(runner, max_num_seqs, place.device)
+        capture_graphs(runner, max_num_seqs, device)
+        plan_long_chunks(model, shape, budget, context, dtype, device)
     return Engine(
         runner=runner,
-        scheduler=Scheduler(cache, max_num_seqs, token_budget),
+        scheduler=Scheduler(cache, max_num_seqs, budget, check=check_integrity),
         tokenizer=tokenizer,
         roles=roles,
         end_tokens=end_tokens_of(model, tokenizer),
@@ -169,13 +196,13 @@ def build_engine(
     )
 
 
-def capture_graphs(runner: Runner, rows: int, device: torch.device) -> StepGraphs:
-    """Capture all steps that are worth it, showing how far it is. rows: the most sequences that run at once."""
-    graphs, buckets = StepGraphs(nobody=rows), ladder(rows)
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("CUDA graphs", total=len(buckets))
-        graphs.capture(runner.forward_any, buckets, device, lambda _: progress.advance(task))
-    return graphs
+def _device(asked: str) -> str:
+    """What torch calls the device. Raises UserError where there is none."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device: {asked} is asked for, but torch finds no CUDA device; use --device cpu.")
+    return asked
 
 
 def _attention(
@@ -249,15 +276,3 @@ def _max_context(model: PreTrainedModel, asked: int | None) -> int:
     if not 2 <= asked <= most:
         raise UserError(f"--max-model-len: must be between 2 and the model's {most}, not {asked}.")
     return asked
-
-
-def _affordable_tokens(shape: CacheShape, dtype: torch.dtype, device: torch.device, context: int) -> int:
-    """Slots that fit into a share of the free memory, at least one full context."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    fitting = int(free * MEMORY_SHARE) // (shape.base_bytes(dtype) + shape.lr_bytes(dtype))
-    if fitting < 2:
-        raise UserError("cache_tokens: no memory is left for a cache; free some, or serve a smaller model.")
-    return max(min(fitting, DEFAULT_CACHE_TOKENS), min(context, fitting))

@@ -58,6 +58,13 @@ class EngineStats:
     preempted: int = 0
     base_evicted: int = 0
     lr_evicted: int = 0
+    held_back: int = 0
+    """How many times a request waited for another that computed the same new prefix."""
+    base_bytes_used: int = 0
+    base_bytes_total: int = 0
+    lr_bytes_used: int = 0
+    lr_bytes_total: int = 0
+    """In `base_shared` base and LR cache share one memory, which is the total of both."""
 
 
 class Engine:
@@ -264,6 +271,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot."""
         cache = self.cache
+        memory = cache.memory()
         return replace(
             self._sums,
             running=len(self._scheduler.running),
@@ -274,6 +282,11 @@ class Engine:
             preempted=self._scheduler.preempted,
             base_evicted=cache.counters.base_evicted,
             lr_evicted=cache.counters.lr_evicted,
+            held_back=self._scheduler.held_back,
+            base_bytes_used=memory.base_used,
+            base_bytes_total=memory.base_total,
+            lr_bytes_used=memory.lr_used,
+            lr_bytes_total=memory.lr_total,
         )
 
 

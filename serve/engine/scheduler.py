@@ -154,10 +154,10 @@ class Scheduler:
             self._line.add(sequence, self._key(self._left(sequence) if competing else 0, self._steps))
         self._arrived.clear()
         while len(self.running) < self.max_sequences:
-            sequence = self._line.head()
-            if sequence is None or sequence is self._full or sequence.in_flight:
+            head = self._line.head()
+            if head is None or head is self._full or head.in_flight:
                 break  # whoever was preempted with a token in flight is not passed by those who came later
-            self._admit(sequence)
+            self._admit(head)
 
     def _left(self, sequence: Sequence) -> int:
         prompt = sequence.request.prompt

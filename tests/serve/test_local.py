@@ -80,12 +80,15 @@ def test_streams_add_up_and_may_be_left(engine: Engine) -> None:
 
 
 def test_event_loops_are_served_alike(engine: Engine) -> None:
+    ids = list(range(20, 50))
+
     async def both() -> list[tuple[int, ...]]:
-        answers = await asyncio.gather(*(engine.agenerate(role, list(range(20, 50)), **GREEDY) for role in ROLES[:2]))
+        answers = await asyncio.gather(*(engine.agenerate(role, ids, salt=f"loop {role}", **GREEDY) for role in ROLES))
         return [answer.token_ids for answer in answers]
 
-    alone = [engine.generate(role, list(range(20, 50)), salt="alone", **GREEDY).token_ids for role in ROLES[:2]]
-    assert asyncio.run(both()) == alone
+    assert asyncio.run(both()) == [
+        engine.generate(role, ids, salt=f"alone {role}", **GREEDY).token_ids for role in ROLES
+    ]
 
 
 def test_errors_name_what_is_wrong(engine: Engine, files: tuple[Path, Path]) -> None:

@@ -97,6 +97,17 @@ def test_defaults() -> None:
     assert parse() == ServeSettings()
 
 
+def test_flags_of_memory_and_steps(tmp_path: Path) -> None:
+    words = ("--gpu-memory-utilization", "0.5", "--max-num-batched-tokens", "64", "--check-integrity")
+    settings = parse(*words)
+    assert settings.gpu_memory_utilization == 0.5
+    assert settings.max_num_batched_tokens == 64
+    assert settings.check_integrity
+    file = tmp_path / "serve.yaml"
+    file.write_text("check_integrity: true\n")
+    assert parse("--config", str(file)).check_integrity, "a flag that is not given changed what the file says"
+
+
 def test_flags_go_over_overrides_go_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("port: 1\nseed: 1\nhost: localhost\nsharing: full_shared\n")
@@ -112,6 +123,11 @@ def test_flags_go_over_overrides_go_over_the_file(tmp_path: Path) -> None:
         (["--port", "70000"], "port: must be between 0 and 65535"),
         (["--max-num-seqs", "0"], "max_num_seqs: must be at least 1"),
         (["--max-model-len", "-5"], "max_model_len: must be at least 2"),
+        (
+            ["--max-num-batched-tokens", "8"],
+            "max_num_batched_tokens: must be at least max_num_seqs, which is 16, not 8",
+        ),
+        (["--gpu-memory-utilization", "1.5"], "gpu_memory_utilization: must be above 0 and at most 1"),
         (["--dtype", "int3"], "dtype: must be one of auto, float32"),
         (["--device", "toaster"], "device: must be auto, cpu"),
         (["--log-level", "loud"], "log_level: must be one of"),

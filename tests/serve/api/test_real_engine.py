@@ -59,7 +59,7 @@ def build_tiny(files: tuple[Path, Path]) -> EngineService:
         dtype="float32",
         device="cpu",
         max_model_len=1024,
-        cache_tokens=8192,
+        max_tokens_in_cache=8192,
         max_num_seqs=8,
         seed=0,
     )

@@ -297,3 +297,52 @@ class BaseLRShared(RoleCacheMachine):
 TestNonShared, TestFullShared = NonShared.TestCase, FullShared.TestCase
 TestBaseShared, TestBaseLRShared = BaseShared.TestCase, BaseLRShared.TestCase
 TestNonShared.settings = TestFullShared.settings = TestBaseShared.settings = TestBaseLRShared.settings = FEW
+
+
+def run_over(cache: RoleCache, tokens: list[int], role: Reader) -> Lease:
+    """A request without an answer, still open: all of its prompt is computed and handed in."""
+    lease = cache.open(ints(tokens), ints([role.writer] * len(tokens)), opening=1, reader=role, salt="", capacity=0)
+    cache.reserve(lease, len(tokens))
+    cache.commit(lease, len(tokens))
+    return lease
+
+
+def test_an_lr_prefill_keeps_its_base_entries_as_young_as_itself() -> None:
+    """Else the base entries, found before the LR was written, would be evicted before it."""
+    cache = RoleCache(SharingMode.BASE_SHARED, 13, lr_per_slot=1, growth=1)
+    cache.set_live_writers(WRITERS)
+    first = run_over(cache, [1, 2, 3, 4], ROLES[0])
+    cache.close(first, 4)
+    second = cache.open(ints([1, 2, 3, 9]), ints([102] * 4), opening=1, reader=ROLES[1], salt="", capacity=0)
+    assert (second.base_reused, second.lr_reused) == (3, 0)
+    cache.reserve(second, 3)
+    cache.commit(second, 3)
+    cache.close(second, 3)
+    third = cache.open(ints([5, 6, 7, 8]), ints([103] * 4), opening=1, reader=ROLES[2], salt="", capacity=0)
+    for length in range(1, 5):
+        cache.reserve(third, length)
+        cache.check_integrity()
+    cache.close(third, 4)
+    cache.check_integrity()
+
+
+def test_the_split_follows_use() -> None:
+    """Memory that base entries had is taken by LR entries, and given back."""
+    cache = RoleCache(SharingMode.BASE_SHARED, 60, lr_per_slot=4, growth=1, slot_bytes=100)
+    cache.set_live_writers(WRITERS)
+    for start in range(0, 200, 20):
+        cache.close(run_over(cache, list(range(start, start + 20)), ROLES[0]), 20)
+        cache.check_integrity()
+    assert cache.memory().base_used >= 4000
+    before = cache.memory().lr_used
+    assert before <= 1200
+    for role in (*ROLES, *(Reader(f"role {n}'s", 200 + n) for n in range(4))):
+        lease = cache.open(ints(range(180, 200)), ints([101] * 20), opening=1, reader=role, salt="", capacity=0)
+        cache.reserve(lease, 20)
+        cache.commit(lease, 20)
+        cache.close(lease, 20)
+        cache.check_integrity()
+    assert cache.memory().lr_used >= 7 * 19 // 4 * 100 > 2 * before
+    assert cache.memory().base_used + cache.memory().lr_used <= cache.memory().base_total == 6000
+    cache.clear()
+    assert cache.memory().base_used == cache.memory().lr_used == 0

@@ -232,6 +232,27 @@ def test_a_role_switch_costs_the_new_tokens_only_and_a_fork_no_slot_of_the_histo
     assert recorder.engine.cache.base_tree.size - before <= 3 * 3
 
 
+@pytest.mark.parametrize("mode", ["full_shared", "base_shared", "base_lr_shared"])
+def test_a_fork_into_all_roles_at_once_takes_no_base_slot_for_the_history(mode: str) -> None:
+    engine = (recorder := Recorder(tiny_engine(mode, check_integrity=True))).engine
+    history = context(60, 6)
+    recorder.ask("plan", history, 1)
+    allocated = engine.cache.counters.base_allocated
+    start = engine.stats()
+    before = len(engine.cache.base_tree.all_slots())
+    names = [recorder.submit(role, [*history, 9, 10 + at], 1) for at, role in enumerate(ROLES)]
+    recorder.finish()
+    for name in names:
+        usage = recorder.answer(name).usage
+        assert usage is not None
+        assert usage.base_reused >= 59
+    assert engine.cache.counters.base_allocated - allocated <= 3 * 4
+    assert len(engine.cache.base_tree.all_slots()) - before <= 3 * 3
+    stats = engine.stats()
+    assert stats.base_bytes_used - start.base_bytes_used <= 9 * stats.base_bytes_total // stats.slots_total
+    assert stats.lr_bytes_used > 0 if mode != "full_shared" else stats.lr_bytes_total == 0
+
+
 @pytest.mark.parametrize("mode", list(SharingMode))
 def test_cancelled_requests_leave_the_pool_at_baseline(mode: SharingMode) -> None:
     recorder = Recorder(tiny_engine(mode, token_budget=8))
