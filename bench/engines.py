@@ -130,8 +130,7 @@ class MeasuredEngine:
         adapters = base.roles(model, roles)
         self.role_names = adapters.role_names[:roles]
         shape = _cache_shape(model, adapters, mode)
-        self._base_bytes, self._lr_bytes = shape.base_bytes(base.dtype), shape.lr_bytes(base.dtype)
-        fitting = cache_room(base.device) // (self._base_bytes + self._lr_bytes)
+        fitting = cache_room(base.device) // (shape.base_bytes(base.dtype) + shape.lr_bytes(base.dtype))
         if strict and fitting < options.slots:
             raise NoRoomError(f"a cache of {options.slots} tokens does not fit; {fitting} do.")
         self.slots = min(options.slots, fitting)
@@ -160,16 +159,14 @@ class MeasuredEngine:
 
     @property
     def _reserved(self) -> int:
-        cache = self._engine.cache
-        return cache.base_pool.size * (self._base_bytes + self._lr_bytes)
+        memory = self._engine.cache.memory()
+        return memory.base_total + (0 if self._engine.cache.own_residuals else memory.lr_total)
 
     def _watch(self) -> None:
         """In the engine's thread, with every chunk: how full the cache is."""
-        cache = self._engine.cache
-        base = cache.base_pool.used_count
-        self._peak_base = max(self._peak_base, base)
-        low = cache.lr_pool.used_count if cache.own_residuals else base
-        self._peak_lr = max(self._peak_lr, low)
+        memory = self._engine.cache.memory()
+        self._peak_base = max(self._peak_base, memory.base_used)
+        self._peak_lr = max(self._peak_lr, memory.lr_used)
 
     @property
     def name(self) -> str:
@@ -195,8 +192,7 @@ class MeasuredEngine:
         other = None
         if self._device.type == "cuda":
             other = self._buffers + torch.cuda.max_memory_allocated(self._device) - self._idle
-        base, low = self._peak_base * self._base_bytes, self._peak_lr * self._lr_bytes
-        return Memory(self._weights, base, low, other, self._reserved)
+        return Memory(self._weights, self._peak_base, self._peak_lr, other, self._reserved)
 
     def counters(self) -> Counters:
         """Since `begin`."""
@@ -208,9 +204,10 @@ class MeasuredEngine:
         )
 
     def host_share(self) -> float | None:
-        """The part of a step's time in which the device waited for the host, where the engine says so."""
-        share = getattr(self._service.stats(), "host_share", None)
-        return None if share is None else float(share)
+        """The part of all steps' time in which a GPU waited for the host between two of them."""
+        stats = self._service.stats()
+        whole = stats.device_busy_s + stats.device_idle_s
+        return stats.device_idle_s / whole if whole else None
 
     def _counters(self) -> Counters:
         stats = self._service.stats()

@@ -97,8 +97,8 @@ class Recorder:
         runner = self.engine._runner
         launch, draw = runner.launch, runner.sampler.draw
 
-        def recorded(pieces: list[Piece]) -> Launched:
-            launched = launch(pieces)
+        def recorded(pieces: list[Piece], before: Launched | None = None) -> Launched:
+            launched = launch(pieces, before)
             for sequence, row in zip(launched.sequences, launched.logits, strict=True):
                 self.logits.setdefault(sequence.request.request_id, []).append(row.clone())
             return launched

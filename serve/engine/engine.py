@@ -54,6 +54,9 @@ class EngineStats:
     lr_reused: int = 0
     lr_prefilled: int = 0
     generated: int = 0
+    device_busy_s: float = 0.0
+    device_idle_s: float = 0.0
+    """On a GPU: how long it worked on steps, and how long it waited for the host between two of them."""
     finished: int = 0
     preempted: int = 0
     base_evicted: int = 0
@@ -189,7 +192,7 @@ class Engine:
     def _launch(self, pieces: list[Piece]) -> Launched:
         for piece in pieces:
             self._begin(piece.sequence)
-        launched = self._runner.launch(pieces)
+        launched = self._runner.launch(pieces, self._launched)
         for piece in pieces:
             sequence, yields_token = piece.sequence, piece.yields_token
             self._scheduler.advanced(piece)
@@ -214,7 +217,12 @@ class Engine:
 
     def _read(self, launched: Launched) -> None:
         """Hand out a step's tokens. Those of requests that have ended meanwhile are nobody's."""
-        for sequence, (token, logprob) in zip(launched.sequences, launched.read(), strict=True):
+        read = launched.read()
+        if launched.times is not None:
+            busy, idle = launched.times.seconds()
+            self._sums.device_busy_s += busy
+            self._sums.device_idle_s += idle
+        for sequence, (token, logprob) in zip(launched.sequences, read, strict=True):
             sequence.in_flight -= 1
             if self._open.get(sequence.request.request_id) is sequence:
                 self._take(sequence, token, logprob)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from lragent.modes import SharingMode
 from lragent.routing import Route, Router
 from lragent.serve.engine.graphs import StepGraphs
 from lragent.serve.engine.kernel_pass import KernelAttention
-from lragent.serve.engine.launched import Launched
+from lragent.serve.engine.launched import DeviceTimes, Launched
 from lragent.serve.engine.new_states import CachePass
 from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.sequence import Piece
@@ -65,9 +66,22 @@ class Runner:
         self._latest = torch.zeros(rows + 1, dtype=torch.long, device=self._device)
         """The token drawn last for each row; behind them, where nobody's is put."""
 
+    def launch(self, pieces: list[Piece], before: Launched | None = None) -> Launched:
+        """Give a step to the device, without waiting for it; on a CPU it is done when this returns.
+
+        before: the step that the device still works on.
+        """
+        if self._device.type != "cuda":
+            return self._launch(pieces)
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        launched = self._launch(pieces)
+        ended.record()
+        last = None if before is None or before.times is None else before.times.ended
+        return replace(launched, times=DeviceTimes(began, ended, last))
+
     @torch.inference_mode()
-    def launch(self, pieces: list[Piece]) -> Launched:
-        """Give a step to the device, without waiting for it; on a CPU it is done when this returns."""
+    def _launch(self, pieces: list[Piece]) -> Launched:
         step = Step.of(pieces, self._mode, self._role_of)
         self.attention.prepare(step)
         logits, tensors = self.graphs.run(step) if self.graphs is not None else (None, None)
@@ -77,18 +91,14 @@ class Runner:
             logits = self.forward(step, tensors)
         sequences = tuple(piece.sequence for piece in step.yielding)
         if not sequences:
-            return Launched((), logits, None, None)
+            return Launched((), logits, None)
         drawn = self.sampler.draw(
             logits,
             [sequence.row for sequence in sequences],
             [len(sequence.generated) + sequence.in_flight for sequence in sequences],
         )
         self._latest.index_copy_(0, tensors.drawn_rows[: len(sequences)].long(), drawn.tokens)
-        on_host, done = drawn.to_host(), None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return Launched(sequences, logits, on_host, done)
+        return Launched(sequences, logits, drawn.to_host())
 
     def forward(self, step: Step, tensors: StepTensors) -> torch.Tensor:
         """Logits [n, vocab] of one step."""
