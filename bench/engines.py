@@ -26,13 +26,15 @@ from lragent.models import fingerprint, load_model, load_tokenizer, resolve_mode
 from lragent.modes import SharingMode
 from lragent.pack import read_pack
 from lragent.serve.cache.pools import CacheShape
-from lragent.serve.engine.build import TOKEN_BUDGET, build_engine
+from lragent.serve.engine.build import build_engine
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import EngineDeadError
 
 GPU_RESERVE = 5 << 30
 """Bytes that no cache takes: what steps compute with, and what CUDA graphs hold."""
+PAGES = 64
+"""Slots that hold LR entries in part, at most."""
 CPU_SHARE = 0.5
 """Of the memory that is free: the most that a cache takes. Others live there too."""
 
@@ -88,7 +90,7 @@ class EngineOptions:
     slots: int
     positions: int
     sequences: int
-    token_budget: int = TOKEN_BUDGET
+    token_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,10 @@ class MeasuredEngine:
         fitting = cache_room(base.device) // (shape.base_bytes(base.dtype) + shape.lr_bytes(base.dtype))
         if strict and fitting < options.slots:
             raise NoRoomError(f"a cache of {options.slots} tokens does not fit; {fitting} do.")
-        self.slots = min(options.slots, fitting)
+        wanted = options.slots
+        if mode is SharingMode.BASE_SHARED:  # LR entries lie in slots too
+            wanted += options.slots * roles // shape.lr_per_slot + PAGES
+        self.slots = min(wanted, fitting)
         self._device = base.device
         before = self._allocated() - _weight_bytes(model)
         engine = build_engine(

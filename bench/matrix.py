@@ -34,7 +34,6 @@ from lragent.bench.summary import Round, row
 from lragent.bench.trace_plan import Entry, Group, MicroPlan, Plan
 from lragent.bench.traces import Planned
 from lragent.modes import SharingMode
-from lragent.serve.engine.build import TOKEN_BUDGET
 from lragent.serve.engine.types import EngineDeadError
 
 
@@ -60,7 +59,7 @@ class Limits:
 
     slots: int | None = None
     sequences: int | None = None
-    token_budget: int = TOKEN_BUDGET
+    token_budget: int | None = None
     one_at_a_time: bool = False
     deadline: float | None = None
 

@@ -21,7 +21,6 @@ from lragent.config import load_config
 from lragent.errors import UserError
 from lragent.models import load_tokenizer, resolve_model
 from lragent.modes import SharingMode
-from lragent.serve.engine.build import TOKEN_BUDGET
 
 EXAMPLES = """
 examples:
@@ -92,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     group("--time-limit", type=float, metavar="S", help="begin nothing new after so many seconds")
     group("--seed", type=int, help="of tokens and arrivals (0; for an endpoint the time, since it keeps its cache)")
     group = made.add_argument_group("the engine").add_argument
-    group("--token-budget", type=int, default=TOKEN_BUDGET, metavar="N", help=f"tokens a step ({TOKEN_BUDGET})")
+    group("--token-budget", type=int, metavar="N", help="tokens a step (as lragent serve)")
     group("--max-num-seqs", type=int, metavar="N", help="sequences a step (default: as many as are concurrent)")
     group("--cache-tokens", type=int, metavar="N", help="slots (default: as many as hold all, if they fit)")
     group("--one-at-a-time", action="store_true", help="one mode after the other, though all might fit side by side")

@@ -130,7 +130,8 @@ def test_an_engines_memory_is_what_its_slots_hold(engine: MeasuredEngine) -> Non
         assert slots - 3 * len(TRACE) * 2 <= memory.lr / lr_bytes <= slots + slack
     else:
         assert memory.lr == 0
-    assert memory.reserved == 4096 * (kv_bytes + (lr_bytes if engine.mode.decomposed else 0))
+    beside = lr_bytes if engine.mode is SharingMode.BASE_LR_SHARED else 0  # base_shared has one memory for both
+    assert memory.reserved == engine.slots * (kv_bytes + beside)
     assert memory.weights > 4 * 80_000
     assert memory.other is None
     assert played.failures == []
