@@ -29,7 +29,7 @@ Norm = tuple[torch.Tensor, float]
 MOST_TOKENS, MOST_TOKENS_GATED = 32, 16
 """More tokens are faster by cuBLAS with kernels of their own around it (H100, Llama-3.1-8B's shapes)."""
 
-PREFETCHED = 1024
+PREFETCHED = 512
 """Columns of a program's weights that are fetched ahead."""
 
 
