@@ -101,7 +101,10 @@ def _replace(model: PreTrainedModel, layers: Any, at: int, router: Router, split
         if told.facts is None:
             return "it does not call attention"
         fused = FusedLayer(layer, told.facts, router)
-        got = fused(hidden.clone(), attention_pass=_ToldPass(route), **given)
+        try:
+            got = fused(hidden.clone(), attention_pass=_ToldPass(route), **given)
+        except (RuntimeError, ValueError, TypeError) as error:  # such as angles for a part of each head
+            return f"its stand-in fails: {error}"
     error = (got - expected).float().norm() / (expected - hidden).float().norm()
     if not error <= AGREEMENT[weight.dtype]:
         return f"its stand-in differs by {error:.1e}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from lragent.serve.cache.pools import CacheShape
 from lragent.serve.engine.graphs import StepGraphs, ladder
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.step_tensors import StepTensors
+
+logger = logging.getLogger(__name__)
 
 GRAPH_BYTES = 1 << 30
 """About what all graphs hold."""
@@ -45,10 +48,18 @@ def step_bytes(runner: Runner, model: PreTrainedModel, shape: CacheShape, tokens
 
 
 def capture_graphs(runner: Runner, rows: int, device: torch.device) -> None:
-    """Capture all steps that are worth it. rows: the most sequences that run at once."""
+    """Capture all steps that are worth it. rows: the most sequences that run at once.
+
+    Where a model does something that no graph can hold, such as asking the device for a number, all steps stay eager.
+    """
     graphs, buckets = StepGraphs(nobody=rows), ladder(rows)
     with _progress("CUDA graphs", len(buckets)) as (progress, task):
-        graphs.capture(runner.forward_any, buckets, device, lambda _: progress.advance(task))
+        try:
+            graphs.capture(runner.forward_any, buckets, device, lambda _: progress.advance(task))
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("No CUDA graphs, so short steps are several times slower: %s", reason)
+            return
     runner.graphs = graphs
 
 

@@ -120,3 +120,21 @@ def test_an_lr_prefill_projects_no_keys_and_values(monkeypatch: pytest.MonkeyPat
     kv = 2 * 2 * 16  # keys and values of two heads
     assert sorted({rows for _, rows in multiplied})[0] == kv, "keys and values have a product of their own"
     assert [tokens for tokens, rows in multiplied if rows == kv] == [1, 1], "in both layers of the new token alone"
+
+
+def test_a_layer_that_its_stand_in_cannot_compute_is_left_alone() -> None:
+    """Angles for half of each head: transformers' layer would be given them by a model of another kind."""
+    model = model_of("llama")
+    layer = model.get_decoder().layers[0]
+    rotate = layer.self_attn.forward
+
+    def of_half(hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any) -> Any:
+        widened = tuple(torch.cat([angles, angles], dim=-1) for angles in position_embeddings)
+        return rotate(hidden_states, position_embeddings=widened, **kwargs)
+
+    layer.self_attn.forward = of_half
+    rotary = model.get_decoder().rotary_emb
+    whole = rotary.forward
+    rotary.forward = lambda *args, **kwargs: tuple(angles[..., :8] for angles in whole(*args, **kwargs))
+    model.get_decoder().layers[1].self_attn.forward = layer.self_attn.forward
+    assert fuse_layers(model, Router(), frozenset()) == 0

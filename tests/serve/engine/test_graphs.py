@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import Recorder, tiny_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,3 +74,16 @@ def test_what_a_step_does_not_fill_belongs_to_nobody(tokens: int, sequences: int
         assert tensors.keep.tolist() == [total - 1, *[0] * (sequences - 1)]
         assert tensors.drawn_rows.tolist() == [3, *[11] * (sequences - 1)]
     assert all(getattr(tensors, name).data_ptr() % 16 == 0 for name in ("tokens", "roles", "query_start", "rows"))
+
+
+@pytest.mark.gpu
+def test_a_model_that_no_graph_can_hold_runs_without(caplog: pytest.LogCaptureFixture) -> None:
+    """Angles that depend on the longest position ask the device for it."""
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}
+    ids = list(range(20, 50))
+    answers = []
+    for graphs in (False, True):
+        recorder = Recorder(tiny_engine("base_lr_shared", device="cuda", graphs=graphs, model_options=scaled))
+        answers.append(recorder.ask("plan", ids, 6).token_ids)
+    assert answers[0] == answers[1]
+    assert "No CUDA graphs" in caplog.text
