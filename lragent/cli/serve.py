@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
     flag("--max-tokens-in-cache", type=int, metavar="N", help="size of the KV cache in tokens")
     flag("--gpu-memory-utilization", type=float, metavar="SHARE", help="of a GPU's memory, in all (default: 0.9)")
-    flag("--max-num-seqs", type=int, metavar="N", help="requests that run at once (default: 16)")
+    flag("--max-num-seqs", type=int, metavar="N", help="requests that run at once (default: 64 on a GPU, 16 on a CPU)")
     flag(
         "--max-num-batched-tokens",
         type=int,

@@ -33,8 +33,8 @@ class ServeSettings:
     """Slots of the KV cache, one token each; None: chosen by the engine."""
     gpu_memory_utilization: float = 0.9
     """On a GPU: the share of its memory that may be in use, weights and cache and all."""
-    max_num_seqs: int = 16
-    """Requests that run at once; the rest wait."""
+    max_num_seqs: int | None = None
+    """Requests that run at once; the rest wait. None: 64 on a GPU, 16 on a CPU."""
     max_num_batched_tokens: int | None = None
     """Tokens of one step; longer prompts are cut. None: 8192 on a GPU, 512 on a CPU."""
     seed: int = 0
@@ -63,10 +63,11 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: must be at least {least}, not {value}.")
-        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if sequences is not None and tokens is not None and tokens < sequences:
             raise UserError(
-                f"max_num_batched_tokens: must be at least max_num_seqs, which is {self.max_num_seqs}, not "
-                f"{self.max_num_batched_tokens}: each request that runs takes a token of every step."
+                f"max_num_batched_tokens: must be at least max_num_seqs, which is {sequences}, not {tokens}: each request "
+                "that runs takes a token of every step."
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             value = self.gpu_memory_utilization

@@ -27,7 +27,7 @@ from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
 from lragent.serve.engine.fusing import fuse_layers
 from lragent.serve.engine.kernel_pass import KernelAttention
-from lragent.serve.engine.memory import GPU_SHARE, cache_slots, default_token_budget
+from lragent.serve.engine.memory import GPU_SHARE, cache_slots, step_limits
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
@@ -54,7 +54,7 @@ def build_service(
     max_model_len: int | None = None,
     max_tokens_in_cache: int | None = None,
     gpu_memory_utilization: float = GPU_SHARE,
-    max_num_seqs: int = 16,
+    max_num_seqs: int | None = None,
     max_num_batched_tokens: int | None = None,
     seed: int = 0,
     enforce_eager: bool = False,
@@ -64,8 +64,8 @@ def build_service(
 
     model: as `resolve_model` takes it. roles: path of a pack, or None to serve the base model alone. prefix_writer:
     None takes what the pack was trained for. dtype: a key of `DTYPES`. device: "auto", or as torch names it.
-    max_model_len, max_tokens_in_cache, max_num_batched_tokens: None derives them from the model, the free memory and
-    the device. enforce_eager: capture no CUDA graphs. Raises UserError naming the option at fault.
+    max_model_len, max_tokens_in_cache, max_num_seqs, max_num_batched_tokens: None derives them from the model, the
+    free memory and the device. enforce_eager: capture no CUDA graphs. Raises UserError naming the option at fault.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -107,7 +107,7 @@ def build_engine(
     max_model_len: int | None = None,
     cache_tokens: int | None = None,
     gpu_memory_utilization: float = GPU_SHARE,
-    max_num_seqs: int = 16,
+    max_num_seqs: int | None = None,
     token_budget: int | None = None,
     seed: int = 0,
     fused: bool = True,
@@ -117,9 +117,10 @@ def build_engine(
 ) -> Engine:
     """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place.
 
-    token_budget: tokens per step. fused: let fused layers stand in for the model's own where they can. graphs: capture
-    steps as CUDA graphs. ahead: launch a step before the one before it is read; None does so on a GPU. check_integrity:
-    check all that the scheduler keeps before each step (slow, for debugging).
+    max_num_seqs: sequences that run at once. token_budget: tokens per step. fused: let fused layers stand in for the
+    model's own where they can. graphs: capture steps as CUDA graphs. ahead: launch a step before the one before it is
+    read; None does so on a GPU. check_integrity: check all that the scheduler keeps before each step (slow, for
+    debugging).
     """
     router = Router()
     split: frozenset[str] = frozenset()
@@ -142,13 +143,13 @@ def build_engine(
     place = next(model.parameters())
     device, dtype, on_gpu = place.device, place.dtype, place.device.type == "cuda"
     context = _max_context(model, max_model_len)
-    budget = token_budget or default_token_budget(device, max_num_seqs)
+    sequences, budget = step_limits(device, max_num_seqs, token_budget)
     paged = sharing is SharingMode.BASE_SHARED
     roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
     vocab_size = model.config.get_text_config().vocab_size
 
     def attention(slots: int) -> CachedAttention | KernelAttention:
-        return _attention(model, CachePools(shape, slots, dtype, device, paged=paged), max_num_seqs, context, paged)
+        return _attention(model, CachePools(shape, slots, dtype, device, paged=paged), sequences, context, paged)
 
     runner = Runner(
         model,
@@ -157,8 +158,8 @@ def build_engine(
         sharing,
         split,
         {role.reader.writer: role.index for role in roles.values()},
-        BatchSampler(max_num_seqs, vocab_size, device),
-        max_num_seqs,
+        BatchSampler(sequences, vocab_size, device),
+        sequences,
         ahead=on_gpu if ahead is None else ahead,
     )
     slots = cache_slots(
@@ -169,7 +170,7 @@ def build_engine(
         context=context,
         asked=cache_tokens,
         utilization=gpu_memory_utilization,
-        activations=step_bytes(runner, model, shape, budget, max_num_seqs, context) if on_gpu else 0,
+        activations=step_bytes(runner, model, shape, budget, sequences, context) if on_gpu else 0,
     )
     cache = RoleCache(
         sharing,
@@ -182,11 +183,11 @@ def build_engine(
     context = min(context, cache.longest)
     runner.attention = attention(slots)
     if on_gpu and graphs:
-        capture_graphs(runner, max_num_seqs, device)
+        capture_graphs(runner, sequences, device)
         plan_long_chunks(model, shape, budget, context, dtype, device)
     return Engine(
         runner=runner,
-        scheduler=Scheduler(cache, max_num_seqs, budget, check=check_integrity),
+        scheduler=Scheduler(cache, sequences, budget, check=check_integrity),
         tokenizer=tokenizer,
         roles=roles,
         end_tokens=end_tokens_of(model, tokenizer),

@@ -17,6 +17,8 @@ CPU_SHARE = 0.25
 """Of the memory that is free at start: the most that the cache takes on a CPU where nobody says."""
 GPU_SHARE = 0.9
 """Of a GPU's memory: the most that this process uses where nobody says."""
+CPU_SEQUENCES, GPU_SEQUENCES = 16, 64
+"""Requests that run at once."""
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens per step: a longer prompt is prefilled in chunks of it."""
 MOST_NUMBERED = 2**31
@@ -94,6 +96,17 @@ def cache_slots(
     return min(max(min(fitting, DEFAULT_CACHE_TOKENS), min(context, fitting)), most)
 
 
-def default_token_budget(device: torch.device, max_sequences: int) -> int:
-    """Tokens per step where nobody says: what suits the device, and at least one for each sequence that runs."""
-    return max(GPU_TOKEN_BUDGET if device.type == "cuda" else CPU_TOKEN_BUDGET, max_sequences)
+def step_limits(device: torch.device, sequences: int | None, tokens: int | None) -> tuple[int, int]:
+    """Requests that run at once, and tokens of one step, as asked or as suits the device.
+
+    sequences: --max-num-seqs; tokens: --max-num-batched-tokens. Raises UserError where a step could not hold a token of
+    each request.
+    """
+    on_gpu = device.type == "cuda"
+    sequences = sequences or (GPU_SEQUENCES if on_gpu else CPU_SEQUENCES)
+    if tokens is not None and tokens < sequences:
+        raise UserError(
+            f"--max-num-batched-tokens: must be at least --max-num-seqs, which is {sequences}, not {tokens}: each "
+            "request that runs takes a token of every step."
+        )
+    return sequences, tokens or max(GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET, sequences)

@@ -124,7 +124,7 @@ def test_flags_go_over_overrides_go_over_the_file(tmp_path: Path) -> None:
         (["--max-num-seqs", "0"], "max_num_seqs: must be at least 1"),
         (["--max-model-len", "-5"], "max_model_len: must be at least 2"),
         (
-            ["--max-num-batched-tokens", "8"],
+            ["--max-num-batched-tokens", "8", "--max-num-seqs", "16"],
             "max_num_batched_tokens: must be at least max_num_seqs, which is 16, not 8",
         ),
         (["--gpu-memory-utilization", "1.5"], "gpu_memory_utilization: must be above 0 and at most 1"),

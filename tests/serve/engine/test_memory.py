@@ -11,7 +11,7 @@ import torch
 from lragent.errors import UserError
 from lragent.modes import SharingMode
 from lragent.serve.cache.pools import CachePools, CacheShape
-from lragent.serve.engine.memory import GpuMemory, cache_slots, default_token_budget, slot_bytes
+from lragent.serve.engine.memory import GpuMemory, cache_slots, slot_bytes, step_limits
 
 LLAMA_8B = CacheShape(layers=32, kv_heads=8, head_dim=128, rank_v=8)
 GIB = 2**30
@@ -83,6 +83,11 @@ def test_a_cpu_gets_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_sequence_has_a_token_of_a_step() -> None:
-    assert default_token_budget(CUDA, 256) == 8192
-    assert default_token_budget(CPU, 16) == 512
-    assert default_token_budget(CPU, 1000) == 1000
+    assert step_limits(CUDA, None, None) == (64, 8192)
+    assert step_limits(CPU, None, None) == (16, 512)
+    assert step_limits(CPU, 1000, None) == (1000, 1000)
+    assert step_limits(CPU, 8, 8) == (8, 8)
+    with pytest.raises(
+        UserError, match=r"^--max-num-batched-tokens: must be at least --max-num-seqs, which is 16, not 8"
+    ):
+        step_limits(CPU, None, 8)
