@@ -66,8 +66,8 @@ class ServeSettings:
         sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if sequences is not None and tokens is not None and tokens < sequences:
             raise UserError(
-                f"max_num_batched_tokens: must be at least max_num_seqs, which is {sequences}, not {tokens}: each request "
-                "that runs takes a token of every step."
+                f"max_num_batched_tokens: must be at least max_num_seqs, which is {sequences}, not {tokens}: each "
+                "request that runs takes a token of every step."
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             value = self.gpu_memory_utilization
