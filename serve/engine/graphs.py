@@ -8,6 +8,7 @@ holds it. What a graph reads lies in static tensors, which the host fills before
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,23 @@ class _Captured:
     logits: torch.Tensor
 
 
+def _refuse_waiting(forward: Callable[[StepTensors, int], torch.Tensor], bucket: Bucket, device: torch.device) -> None:
+    """Raises RuntimeError where `forward` waits for the device, which no graph can hold.
+
+    Found out before anything is captured: a capture that fails leaves torch's random numbers unusable.
+    """
+    tensors = StepTensors.empty(bucket.tokens, bucket.sequences, device)
+    forward(tensors, bucket.most_new)  # whatever is compiled or loaded the first time may wait
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not find all
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            forward(tensors, bucket.most_new)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
 def _captured(
     forward: Callable[[StepTensors, int], torch.Tensor], bucket: Bucket, device: torch.device, pool: tuple[int, int]
 ) -> _Captured:
@@ -87,8 +105,10 @@ class StepGraphs:
     ) -> None:
         """Capture `forward`, which gives logits for static tensors and the most new tokens of a sequence.
 
-        The largest first, so that the others find room in its memory. tell: called before each.
+        The largest first, so that the others find room in its memory. tell: called before each. Raises RuntimeError
+        where no graph can hold it.
         """
+        _refuse_waiting(forward, min(buckets), device)
         pool = torch.cuda.graph_pool_handle()
         gc.collect()
         gc.disable()  # a graph of an engine that is gone must not be freed while another is captured

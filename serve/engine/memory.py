@@ -99,11 +99,13 @@ def cache_slots(
 def step_limits(device: torch.device, sequences: int | None, tokens: int | None) -> tuple[int, int]:
     """Requests that run at once, and tokens of one step, as asked or as suits the device.
 
-    sequences: --max-num-seqs; tokens: --max-num-batched-tokens. Raises UserError where a step could not hold a token of
-    each request.
+    sequences: --max-num-seqs; tokens: --max-num-batched-tokens. Raises UserError where both are asked for and a step
+    could not hold a token of each request.
     """
     on_gpu = device.type == "cuda"
-    sequences = sequences or (GPU_SEQUENCES if on_gpu else CPU_SEQUENCES)
+    if sequences is None:
+        sequences = GPU_SEQUENCES if on_gpu else CPU_SEQUENCES
+        sequences = sequences if tokens is None else min(sequences, tokens)
     if tokens is not None and tokens < sequences:
         raise UserError(
             f"--max-num-batched-tokens: must be at least --max-num-seqs, which is {sequences}, not {tokens}: each "

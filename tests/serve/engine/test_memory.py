@@ -90,4 +90,5 @@ def test_every_sequence_has_a_token_of_a_step() -> None:
     with pytest.raises(
         UserError, match=r"^--max-num-batched-tokens: must be at least --max-num-seqs, which is 16, not 8"
     ):
-        step_limits(CPU, None, 8)
+        step_limits(CPU, 16, 8)
+    assert step_limits(CPU, None, 8) == (8, 8)
