@@ -209,8 +209,8 @@ def _attend_span(
 
 
 def shapes_ahead(tokens: int, most_context: int) -> list[tuple[int, int, bool]]:
-    """What cuDNN will be asked for chunks of `tokens` (a multiple of NEAR) in contexts up to `most_context`: queries,
-    keys, causal."""
+    """What cuDNN will be asked for chunks of `tokens` in contexts up to `most_context`: queries, keys, causal."""
+    tokens = _up_to(tokens, NEAR)
     squares = [(tokens + lag, tokens + lag, True) for lag in range(0, FAR + 1, NEAR) if tokens + lag <= most_context]
     return squares + [(tokens, far, False) for far in range(FAR, most_context - tokens + 1, FAR)]
 

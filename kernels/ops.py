@@ -240,6 +240,8 @@ def project(
         from lragent.kernels.skinny_linear import MOST_TOKENS, MOST_TOKENS_GATED, skinny_linear
 
         if 0 < len(x) <= (MOST_TOKENS_GATED if gated else MOST_TOKENS):
+            if norm is not None and x.dtype is torch.float16 and len(x) > 1:
+                x, norm = normalise(x, *norm), None  # else large channels would overflow before they are scaled
             with _device_of(x):
                 return skinny_linear(x, weight, bias=bias, norm=norm, gated=gated, residual=residual)
     if norm is not None:

@@ -7,8 +7,9 @@ program begins while the kernel before it ends, and fetches its first weights in
 kernel's results.
 
 Shapes, the same for all forms: x [T, d_in]; weight [N, d_in]; bias [N]; norm: (weight [d_in], eps) of an RMSNorm that x
-passes first; gated: the first half of the N outputs, through SiLU, times the second half; residual [T, d_out], added.
-Returns [T, d_out] in the dtype of x, d_out = N or, gated, N / 2. Sums are in float32 and rounded once.
+passes first (several tokens are scaled after the product, where float16 may have overflown already); gated: the first
+half of the N outputs, through SiLU, times the second half; residual [T, d_out], added. Returns [T, d_out] in the dtype
+of x, d_out = N or, gated, N / 2. Sums are in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -263,7 +264,9 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]  # as above
         if NORM:
             wide = b_x.to(tl.float32)
             squares += tl.sum(wide * wide, 0)
-            b_norm = tl.load(p_norm + column + o_c, mask=None if EVEN else column + o_c < D_IN)
+            b_norm = tl.load(
+                p_norm + column + o_c, mask=None if EVEN else column + o_c < D_IN, other=None if EVEN else 0.0
+            )
             b_x = (wide * b_norm.to(tl.float32)[:, None]).to(b_x.dtype)
         sums = tl.dot(b_w, b_x, sums, input_precision=PRECISION)
         if GATED:

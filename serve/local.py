@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -18,8 +20,12 @@ from lragent.errors import UserError
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.engine.build import build_service
 from lragent.serve.engine.engine import EngineStats
+from lragent.serve.engine.memory import GPU_SHARE
 from lragent.serve.engine.service import EngineService, joined
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
+
+MOST_OPEN = 512
+"""Requests of `generate_many` that are given to the engine at once; it refuses too many."""
 
 Asked = str | Sequence[Mapping[str, Any]] | Sequence[int] | npt.NDArray[np.int64]
 """What a role is asked to continue: text, the messages of a chat (see the README), or token ids."""
@@ -45,7 +51,13 @@ class Engine:
         prefix_writer: PrefixWriter | str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        **options: Any,
+        max_model_len: int | None = None,
+        max_tokens_in_cache: int | None = None,
+        gpu_memory_utilization: float = GPU_SHARE,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        seed: int = 0,
+        enforce_eager: bool = False,
     ) -> None:
         self._service: EngineService = build_service(
             model=model,
@@ -54,11 +66,19 @@ class Engine:
             prefix_writer=None if prefix_writer is None else _member(PrefixWriter, "prefix_writer", prefix_writer),
             dtype=dtype,
             device=device,
-            **options,
+            max_model_len=max_model_len,
+            max_tokens_in_cache=max_tokens_in_cache,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seed=seed,
+            enforce_eager=enforce_eager,
         )
         self._count = itertools.count(1)
         self._tokenizing = threading.Lock()
         self._service.start()
+        # One that nobody holds any more ends its thread, and lets go of its memory.
+        self._end = weakref.finalize(self, self._service.stop, drain=False)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -73,41 +93,35 @@ class Engine:
         return self._service.generate(self._request(role, prompt, salt, sampling))
 
     def generate_many(self, asked: Iterable[tuple[str, Asked]], *, salt: str = "", **sampling: Any) -> list[Chunk]:
-        """The answers to many (role, prompt), in order, worked on side by side. Raises as `generate`."""
+        """The answers to many (role, prompt), in order, worked on side by side. Raises as `generate`.
+
+        What cannot be served is refused before anything begins; leaving early cancels the rest.
+        """
         requests = [self._request(role, prompt, salt, sampling) for role, prompt in asked]
+        for request in requests:
+            self._service.check(request)
         inbox: SimpleQueue[tuple[int, Chunk]] = SimpleQueue()
-        for at, request in enumerate(requests):
-            self._service.submit(request, lambda chunk, at=at: inbox.put((at, chunk)))  # type: ignore[misc]  # bound now
         parts: list[list[Chunk]] = [[] for _ in requests]
-        left = len(requests)
-        while left:
-            at, chunk = inbox.get()
-            parts[at].append(chunk)
-            left -= chunk.finish_reason is not None
+        begun = ended = 0
+        try:
+            while ended < len(requests):
+                while begun < len(requests) and begun - ended < MOST_OPEN:
+                    self._service.submit(requests[begun], partial(_put, inbox, begun))
+                    begun += 1
+                at, chunk = inbox.get()
+                parts[at].append(chunk)
+                ended += chunk.finish_reason is not None
+        finally:
+            for request in requests[:begun]:
+                self._service.cancel(request.request_id)
         return [joined(chunks) for chunks in parts]
 
-    def stream(self, role: str, prompt: Asked, *, salt: str = "", **sampling: Any) -> Iterator[Chunk]:
-        """The answer piece by piece; the last piece has `finish_reason` and `usage`. Leaving early cancels it.
+    def stream(self, role: str, prompt: Asked, *, salt: str = "", **sampling: Any) -> Stream:
+        """The answer piece by piece; the last piece has `finish_reason` and `usage`.
 
         Raises as `generate`, before the first piece.
         """
-        request = self._request(role, prompt, salt, sampling)
-        chunks: SimpleQueue[Chunk] = SimpleQueue()
-        self._service.submit(request, chunks.put)
-        return self._pieces(request, chunks)
-
-    def _pieces(self, request: GenerationRequest, chunks: SimpleQueue[Chunk]) -> Iterator[Chunk]:
-        ended = False
-        try:
-            while not ended:
-                chunk = chunks.get()
-                ended = chunk.finish_reason is not None
-                if ended:
-                    joined([chunk])  # raises where the engine has failed
-                yield chunk
-        finally:
-            if not ended:
-                self._service.cancel(request.request_id)
+        return Stream(self._service, self._request(role, prompt, salt, sampling))
 
     async def agenerate(self, role: str, prompt: Asked, *, salt: str = "", **sampling: Any) -> Chunk:
         """`generate` for an event loop. Cancelling the task cancels the request."""
@@ -127,6 +141,7 @@ class Engine:
     def close(self) -> None:
         """Let open requests end, then stop. May be called again."""
         self._service.stop()
+        self._end()
 
     def __enter__(self) -> Engine:
         return self
@@ -153,6 +168,38 @@ class Engine:
             with self._tokenizing:
                 return self._service.chat.prepare(prompt, role, salt)  # type: ignore[arg-type]  # the first says what all are
         return Prompt(prompt)  # type: ignore[arg-type]  # as above
+
+
+class Stream:
+    """An answer that is on its way, piece by piece. Closing it, or dropping it, cancels what is left."""
+
+    def __init__(self, service: EngineService, request: GenerationRequest) -> None:
+        self._chunks: SimpleQueue[Chunk] = SimpleQueue()
+        self._ended = False
+        service.submit(request, self._chunks.put)
+        self._cancel = weakref.finalize(self, service.cancel, request.request_id)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        """The next piece. Raises StopIteration after the last, and EngineDeadError."""
+        if self._ended:
+            raise StopIteration
+        chunk = self._chunks.get()
+        if chunk.finish_reason is not None:
+            self._ended = True
+            joined([chunk])  # raises where the engine has failed
+        return chunk
+
+    def close(self) -> None:
+        """End the request, if it has not ended."""
+        self._ended = True
+        self._cancel()
+
+
+def _put(inbox: SimpleQueue[tuple[int, Chunk]], at: int, chunk: Chunk) -> None:
+    inbox.put((at, chunk))
 
 
 def _member(kind: Any, name: str, value: Any) -> Any:

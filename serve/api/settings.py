@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lragent.errors import UserError
 from lragent.modes import PrefixWriter, SharingMode
+from lragent.serve.engine.limits import check_limits
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,15 @@ class ServeSettings:
     """Check the cache and the scheduler before every step, and stop at a fault. Slow: for debugging."""
 
     def __post_init__(self) -> None:
-        at_least = (
-            ("max_model_len", 2),
-            ("max_tokens_in_cache", 2),
-            ("max_num_seqs", 1),
-            ("max_num_batched_tokens", 1),
-            ("max_body_bytes", 1),
+        check_limits(
+            max_model_len=self.max_model_len,
+            max_tokens_in_cache=self.max_tokens_in_cache,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            gpu_memory_utilization=self.gpu_memory_utilization,
         )
-        for name, least in at_least:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}: must be at least {least}, not {value}.")
-        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
-        if sequences is not None and tokens is not None and tokens < sequences:
-            raise UserError(
-                f"max_num_batched_tokens: must be at least max_num_seqs, which is {sequences}, not {tokens}: each "
-                "request that runs takes a token of every step."
-            )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            value = self.gpu_memory_utilization
-            raise UserError(f"gpu_memory_utilization: must be above 0 and at most 1, not {value}.")
+        if self.max_body_bytes < 1:
+            raise UserError(f"max_body_bytes: must be at least 1, not {self.max_body_bytes}.")
         if not 0 <= self.port <= 65535:
             raise UserError(f"port: must be between 0 and 65535, not {self.port}.")
         if self.drain_s < 0:

@@ -27,6 +27,7 @@ from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
 from lragent.serve.engine.fusing import fuse_layers
 from lragent.serve.engine.kernel_pass import KernelAttention
+from lragent.serve.engine.limits import check_limits
 from lragent.serve.engine.memory import GPU_SHARE, cache_slots, step_limits
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.sampler import BatchSampler
@@ -67,6 +68,13 @@ def build_service(
     max_model_len, max_tokens_in_cache, max_num_seqs, max_num_batched_tokens: None derives them from the model, the
     free memory and the device. enforce_eager: capture no CUDA graphs. Raises UserError naming the option at fault.
     """
+    check_limits(
+        max_model_len=max_model_len,
+        max_tokens_in_cache=max_tokens_in_cache,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     if dtype not in DTYPES:
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     source = resolve_model(model)

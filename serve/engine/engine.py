@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ from lragent.serve.engine.types import (
     TokenLogprob,
     UnknownRoleError,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Engine:
         if len(ids) >= self.limits.max_context:
             raise ContextFullError(
                 f"prompt: {len(ids)} tokens leave no room for an answer in a context of {self.limits.max_context}; "
-                "shorten it or start the server with a larger --max-model-len."
+                "shorten it, or start the server with a larger --max-model-len and a cache that holds as much."
             )
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise UserError(f"prompt: token ids must be between 0 and {self._vocab_size - 1}.")
@@ -241,7 +244,7 @@ class Engine:
         elif sequence.full:
             self._finish(sequence, FinishReason.LENGTH, piece + sequence.detokenizer.finish())
         else:
-            sequence.on_chunk(Chunk(text=piece, token_ids=(token,), logprobs=_listed(logprob)))
+            self._tell(sequence, Chunk(text=piece, token_ids=(token,), logprobs=_listed(logprob)))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
         self._scheduler.remove(sequence)
@@ -261,7 +264,16 @@ class Engine:
         if reason not in (FinishReason.CANCELLED, FinishReason.ERROR):
             last, logprobs = tuple(sequence.generated[-1:]), _listed(sequence.last_logprob)
         del self._open[sequence.request.request_id]  # only now: until it is told, `fail_all` must find it
-        sequence.on_chunk(Chunk(text=text, token_ids=last, logprobs=logprobs, finish_reason=reason, usage=usage))
+        self._tell(sequence, Chunk(text=text, token_ids=last, logprobs=logprobs, finish_reason=reason, usage=usage))
+
+    def _tell(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Hand a chunk out. The request of whoever fails to take it is cancelled; nobody else is to notice."""
+        try:
+            sequence.on_chunk(chunk)
+        except Exception:
+            logger.exception("the receiver of %s has failed", sequence.request.request_id)
+            if chunk.finish_reason is None:
+                self.cancel(sequence.request.request_id)
 
     def _remember(self, sequence: Sequence) -> None:
         ids = sequence.generated
@@ -274,7 +286,7 @@ class Engine:
         """End every request with an error, after a fault of a step."""
         for sequence in list(self._open.values()):
             del self._open[sequence.request.request_id]
-            sequence.on_chunk(Chunk(finish_reason=FinishReason.ERROR, usage=sequence.usage(), error=error))
+            self._tell(sequence, Chunk(finish_reason=FinishReason.ERROR, usage=sequence.usage(), error=error))
 
     def stats(self) -> EngineStats:
         """A snapshot."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lragent.errors import LRAgentError
 from lragent.kernels.low_rank import role_up
 from lragent.key_norm import key_norm, norm_eps
 from lragent.role_linear import RoleLinear
@@ -27,8 +30,9 @@ PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """How far a stand-in's output may be from its layer's, relative to what the layer adds to its input."""
-TRIED = 3
-"""Tokens that both are given."""
+KNOWN = {"self", "hidden_states", "position_embeddings", "attention_mask", "cache", "past_key_values", "cache_position"}
+"""What attention layers of the usual form are given by name. One that asks for more does more, perhaps where nobody
+tries it."""
 
 
 @torch.inference_mode()
@@ -38,12 +42,14 @@ def fuse_layers(model: PreTrainedModel, router: Router, split: frozenset[str]) -
     split: the projections whose low-rank part attention applies. The model's attention must be `ATTENTION`.
     """
     decoder = model.get_decoder()
-    if norm_eps(decoder.norm) is not None:
-        decoder.norm = FusedNorm(decoder.norm)
+    norm, layers = getattr(decoder, "norm", None), getattr(decoder, "layers", None)
+    if norm is not None and norm_eps(norm) is not None:
+        decoder.norm = FusedNorm(norm)
     head = model.get_output_embeddings()
     if plain_linear(head) is head and head is not None:
         model.set_output_embeddings(FusedHead(head))
-    layers = decoder.layers
+    if layers is None:
+        return 0
     fused, reasons = 0, set()
     for at, layer in enumerate(layers):
         reason = reason_against(layer)
@@ -67,6 +73,9 @@ def reason_against(layer: nn.Module) -> str | None:
     heads = {name for name, _ in attention.named_children()} - {"q_norm", "k_norm"}
     if heads != ATTENTION_PARTS or not hasattr(attention, "head_dim") or not hasattr(attention, "layer_idx"):
         return f"its attention consists of {', '.join(sorted(heads))}"
+    asked = set(inspect.signature(type(attention).forward).parameters) - KNOWN - {"kwargs"}
+    if asked:
+        return f"its attention asks for {', '.join(sorted(asked))}"
     if not {"gate_proj", "up_proj", "down_proj"} <= {name for name, _ in mlp.named_children()}:
         return "its MLP is not gated"
     stacked = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
@@ -84,19 +93,31 @@ def reason_against(layer: nn.Module) -> str | None:
 
 
 def _replace(model: PreTrainedModel, layers: Any, at: int, router: Router, split: frozenset[str]) -> str | None:
-    """Replace one layer if its stand-in gives the same. Returns why not, or None."""
+    """Replace one layer if its stand-in gives the same. Returns why not, or None.
+
+    Both are tried on tokens of every role at the beginning, in the middle and at the end of the model's contexts.
+    """
     layer = layers[at]
     weight = next(layer.parameters())
-    roles = [t % (1 + _roles_of(layer)) for t in range(TRIED)]
-    route = Route.of(roles, weight.device, split)
+    config = model.config.get_text_config()
+    tried = max(3, 1 + _roles_of(layer))
+    last = int(config.max_position_embeddings) - 1
+    positions = torch.linspace(0, last, tried, device=weight.device).long()
+    route = Route.of(list(range(1 + _roles_of(layer))) + [0] * (tried - 1 - _roles_of(layer)), weight.device, split)
     generator = torch.Generator().manual_seed(at)
-    hidden = torch.randn(1, TRIED, model.config.get_text_config().hidden_size, generator=generator)
-    hidden = hidden.to(weight.device, weight.dtype)
-    angles = rope_at(model, torch.arange(5, 5 + TRIED, device=weight.device), weight.dtype)
-    given: dict[str, Any] = {"position_embeddings": (angles[0][None], angles[1][None]), "attention_mask": None}
-    with router.use(route):
+    hidden = torch.randn(1, tried, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    angles = rope_at(model, positions, weight.dtype)
+    given: dict[str, Any] = {
+        "position_embeddings": (angles[0][None], angles[1][None]),
+        "position_ids": positions[None],
+        "attention_mask": None,
+    }
+    with router.use(route), _loud_roles(layer):
         told = _ToldPass(route)
-        expected = layer(hidden.clone(), attention_pass=told, **given)
+        try:
+            expected = layer(hidden.clone(), attention_pass=told, **given)
+        except (RuntimeError, ValueError, TypeError, AttributeError, LRAgentError) as error:
+            return f"it cannot be tried alone: {error}"
         expected = expected[0] if isinstance(expected, tuple) else expected
         if told.facts is None:
             return "it does not call attention"
@@ -105,15 +126,31 @@ def _replace(model: PreTrainedModel, layers: Any, at: int, router: Router, split
             got = fused(hidden.clone(), attention_pass=_ToldPass(route), **given)
         except (RuntimeError, ValueError, TypeError) as error:  # such as angles for a part of each head
             return f"its stand-in fails: {error}"
-    error = (got - expected).float().norm() / (expected - hidden).float().norm()
-    if not error <= AGREEMENT[weight.dtype]:
-        return f"its stand-in differs by {error:.1e}"
+    errors = (got - expected).float().norm(dim=-1) / (expected - hidden).float().norm(dim=-1)
+    if not (errors <= AGREEMENT[weight.dtype]).all():
+        return f"its stand-in differs by {float(errors.max()):.1e}"
     layers[at] = fused
     return None
 
 
 def _roles_of(layer: nn.Module) -> int:
     return max((len(module.up) for module in layer.modules() if isinstance(module, RoleLinear)), default=0)
+
+
+@contextmanager
+def _loud_roles(layer: nn.Module) -> Iterator[None]:
+    """Give the roles random `B`s that change as much as the base does: a quiet one's absence would not be noticed."""
+    quiet = {module: module.up for module in layer.modules() if isinstance(module, RoleLinear)}
+    for module, up in quiet.items():
+        base = plain_linear(module)
+        size = 1.0 if base is None else float(base.weight.float().norm()) / up.shape[2] ** 0.5
+        loud = torch.randn(up.shape, generator=torch.Generator().manual_seed(up.shape[2]))
+        module.up = (loud * size / float(module.down.float().norm() + 1e-6)).to(up.device, up.dtype)
+    try:
+        yield
+    finally:
+        for module, up in quiet.items():
+            module.up = up
 
 
 class _ToldPass:

@@ -8,6 +8,7 @@ holds it. What a graph reads lies in static tensors, which the host fills before
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 
 from lragent.serve.engine.step import Step
 from lragent.serve.engine.step_tensors import StepTensors
+
+logger = logging.getLogger(__name__)
 
 DECODE = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sequences of one new token each."""
@@ -83,7 +86,7 @@ def _captured(
         forward(tensors, bucket.most_new)
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         logits = forward(tensors, bucket.most_new)
     return _Captured(graph, tensors, logits)
 
@@ -115,7 +118,12 @@ class StepGraphs:
         try:
             for bucket in sorted(buckets, reverse=True):
                 tell(bucket)
-                self._captured[bucket] = _captured(forward, bucket, device, pool)
+                try:
+                    self._captured[bucket] = _captured(forward, bucket, device, pool)
+                except torch.OutOfMemoryError:
+                    logger.warning(
+                        "No memory is left for a CUDA graph of %d tokens: such steps are slow.", bucket.tokens
+                    )
         finally:
             gc.enable()
         self._captured = dict(sorted(self._captured.items()))

@@ -73,10 +73,11 @@ class Runner:
         """
         if self._device.type != "cuda":
             return self._launch(pieces)
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        launched = self._launch(pieces)
-        ended.record()
+        with torch.cuda.device(self._device):
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            began.record()
+            launched = self._launch(pieces)
+            ended.record()
         last = None if before is None or before.times is None else before.times.ended
         return replace(launched, times=DeviceTimes(began, ended, last))
 

@@ -62,12 +62,17 @@ class EngineService:
         """Take no more requests; finish those that run if `drain`, else cancel them; end the thread."""
         if not self._thread.is_alive():
             return
-        self._stopping.set()
+        with self._lock:  # whatever was submitted before is in the inbox by now
+            self._stopping.set()
         self._inbox.put(_wake if drain else self._engine.cancel_all)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._inbox.put(self._engine.cancel_all)
             self._thread.join(timeout_s)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UserError where `request` cannot be served."""
+        self._engine.check(request)
 
     def submit(self, request: GenerationRequest, on_chunk: Callable[[Chunk], None]) -> None:
         """Queue a request; `on_chunk` is called from the engine's thread and must not block.
@@ -100,9 +105,12 @@ class EngineService:
             chunks.put(chunk)
 
         self.submit(request, take)
-        parts = [chunks.get()]
-        while parts[-1].finish_reason is None:
-            parts.append(chunks.get())
+        parts: list[Chunk] = []
+        try:
+            while not parts or parts[-1].finish_reason is None:
+                parts.append(chunks.get())
+        finally:
+            self.cancel(request.request_id)  # where it was interrupted
         return joined(parts)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
@@ -162,7 +170,10 @@ class EngineService:
                 raise EngineDeadError(self.failure)
             self._engine.add(request, counted)
         except Exception as fault:  # a request's failure ends that request only
-            counted(Chunk(finish_reason=FinishReason.ERROR, error=str(fault)))
+            try:
+                counted(Chunk(finish_reason=FinishReason.ERROR, error=str(fault)))
+            except Exception:
+                logger.exception("the receiver of %s has failed", request.request_id)
 
 
 def _wake() -> None:

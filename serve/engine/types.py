@@ -124,9 +124,12 @@ class Prompt:
     def __post_init__(self) -> None:
         """Raises UserError for a number that no token can have."""
         try:
-            ids = np.array(self.token_ids, dtype=np.int64)
-        except OverflowError:
-            raise UserError("prompt: a token id does not fit in 64 bits.") from None
+            given = np.array(self.token_ids)
+            if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+                raise UserError("prompt: token ids must be one list of integers.")
+            ids = given.astype(np.int64)
+        except (OverflowError, ValueError):
+            raise UserError("prompt: token ids must be one list of integers of at most 64 bits.") from None
         ids.flags.writeable = False
         object.__setattr__(self, "token_ids", ids)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lragent.kernels.ops import plans_ahead
 from lragent.serve.cache.pools import CacheShape
+from lragent.serve.engine.fused_layer import FusedLayer
 from lragent.serve.engine.graphs import StepGraphs, ladder
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.step_tensors import StepTensors
@@ -20,9 +21,9 @@ from lragent.serve.engine.step_tensors import StepTensors
 logger = logging.getLogger(__name__)
 
 GRAPH_BYTES = 1 << 30
-"""About what all graphs hold."""
-BYTES_PER_LOGIT = 32
-"""What random draws take at their peak."""
+"""About what all graphs hold beside the logits that they leave."""
+BYTES_PER_LOGIT = 80
+"""What random draws with a sort take at their peak, and penalties."""
 
 
 @torch.inference_mode()
@@ -41,10 +42,13 @@ def step_bytes(runner: Runner, model: PreTrainedModel, shape: CacheShape, tokens
     runner.forward_any(tensors, tokens)
     torch.cuda.synchronize(weight.device)
     found = torch.cuda.max_memory_allocated(weight.device) - before
-    laid_out = shape.width * context * weight.element_size()  # a context of one layer, for long chunks
-    drawn = rows * model.config.get_text_config().vocab_size * BYTES_PER_LOGIT
+    # A context of one layer is laid out for long chunks; the whole cache has no more tokens than fit into the memory.
+    longest = min(context, torch.cuda.mem_get_info(weight.device)[1] // shape.base_bytes(weight.dtype))
+    laid_out = shape.width * longest * weight.element_size()
+    vocabulary = model.config.get_text_config().vocab_size
+    captured = sum(bucket.sequences for bucket in ladder(rows)) * weight.element_size()
     torch.cuda.empty_cache()
-    return found + laid_out + drawn + GRAPH_BYTES
+    return found + laid_out + vocabulary * (rows * BYTES_PER_LOGIT + captured) + GRAPH_BYTES
 
 
 def capture_graphs(runner: Runner, rows: int, device: torch.device) -> None:
@@ -67,12 +71,22 @@ def capture_graphs(runner: Runner, rows: int, device: torch.device) -> None:
 def plan_long_chunks(
     model: PreTrainedModel, shape: CacheShape, tokens: int, context: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Let cuDNN plan for prompts that are prefilled in chunks of `tokens`. context: the most positions of one."""
+    """Let cuDNN plan for prompts that are prefilled in chunks of `tokens`. context: the most positions of one.
+
+    What cannot be planned now is planned when it is met. Layers with a window or a soft cap go another way.
+    """
+    facts = [layer.facts for layer in model.get_decoder().layers if isinstance(layer, FusedLayer)]
+    if not any(each.window is None and each.softcap is None for each in facts):
+        return
     heads = model.config.get_text_config().num_attention_heads
     plans = plans_ahead(heads, shape.kv_heads, shape.head_dim, dtype, device, tokens, context)
     with _progress("attention to long prompts", len(plans)) as (progress, task):
         for plan in plans:
-            plan()
+            try:
+                plan()
+            except RuntimeError as error:
+                logger.info("cuDNN does not plan ahead: %s", error)
+                break
             progress.advance(task)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

@@ -10,10 +10,11 @@ from engines import ROLES, Recorder, drive, tiny_engine
 from tiny import make_adapter_set, tiny_model
 from tolerances import MODEL_TOLERANCES
 from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
 
 from lragent.attention import ATTENTION, register_attention
 from lragent.modes import SharingMode
-from lragent.role_linear import install_roles
+from lragent.role_linear import RoleLinear, install_roles
 from lragent.routing import Router
 from lragent.serve.engine import stacked
 from lragent.serve.engine.fused_ends import FusedHead, FusedNorm
@@ -138,3 +139,45 @@ def test_a_layer_that_its_stand_in_cannot_compute_is_left_alone() -> None:
     rotary.forward = lambda *args, **kwargs: tuple(angles[..., :8] for angles in whole(*args, **kwargs))
     model.get_decoder().layers[1].self_attn.forward = layer.self_attn.forward
     assert fuse_layers(model, Router(), frozenset()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_roles_that_change_little_are_proven_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that forgets an adapter is noticed, though its `B` be as good as zero, as an untrained one's is."""
+    model = model_of("llama").to(dtype)
+    router = Router()
+    install_roles(model, make_adapter_set(model, ROLES, targets=("q_proj",)), router)
+    quiet = [module for module in model.modules() if isinstance(module, RoleLinear)]
+    for module in quiet:
+        module.up *= 1e-4
+    before = [module.up.clone() for module in quiet]
+    output = FusedLayer._output
+    monkeypatch.setattr(
+        FusedLayer, "_output", lambda self, stack, product, at, adapt: output(self, stack, product, at, False)
+    )
+    assert fuse_layers(model, router, frozenset()) == 0
+    monkeypatch.undo()
+    assert fuse_layers(model, router, frozenset()) == 2
+    assert all(torch.equal(module.up, up) for module, up in zip(quiet, before, strict=True))
+
+
+def test_attention_that_asks_for_more_is_left_alone() -> None:
+    """As that of Ministral 3, which scales queries by their position, though not at the positions of short prompts."""
+    model = model_of("llama")
+    layer = model.get_decoder().layers[0]
+
+    class Scaled(type(layer.self_attn)):  # type: ignore[misc]  # the class is only known now
+        def forward(self, hidden_states: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, **kwargs)
+
+    layer.self_attn.__class__ = Scaled
+    assert "position_ids" in str(reason_against(layer))
+
+
+def test_a_model_of_another_build_runs_as_it_is() -> None:
+    """Phi's decoder has no `norm`, and its layers have other parts."""
+    config = PhiConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    assert fuse_layers(PhiForCausalLM(config).eval(), Router(), frozenset()) == 0
