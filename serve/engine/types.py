@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
 from lragent.errors import LRAgentError, UserError
+from lragent.serve.engine.turns import ContextKey
 
 
 class FinishReason(StrEnum):
@@ -115,33 +115,34 @@ class Prompt:
         the modes with one writer per token; in the others the role asked for processes all.
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
         only entries that this role wrote.
+    key: under which the answer is remembered, for a client that sends its text back; None: nobody will.
     """
 
     token_ids: Sequence[int] | npt.NDArray[np.int64]
     position_roles: Sequence[str] | None = None
     opening: int = 1
+    key: ContextKey | None = None
+    speakers: tuple[tuple[str, int], ...] | None = field(init=False, default=None)
+    """`position_roles` as runs: a role, and how many positions it has."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number that no token can have."""
+        """Raises UserError for a number that no token can have. Does what takes long for a long context, so that the
+        engine's thread need not."""
         try:
             ids = np.array(self.token_ids, dtype=np.int64)
         except OverflowError:
             raise UserError("prompt: a token id does not fit in 64 bits.") from None
         ids.flags.writeable = False
         object.__setattr__(self, "token_ids", ids)
+        if self.position_roles is not None:
+            runs = tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
+            object.__setattr__(self, "speakers", runs)
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
         """[P], the context; read only."""
         assert isinstance(self.token_ids, np.ndarray)
         return self.token_ids
-
-    @cached_property
-    def speakers(self) -> tuple[tuple[str, int], ...] | None:
-        """`position_roles` as runs: a role, and how many positions it has."""
-        if self.position_roles is None:
-            return None
-        return tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
 
 
 @dataclass(frozen=True)
