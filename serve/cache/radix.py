@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lragent.serve.cache.elements import Elements, Ints, Kinds, kinds_of
 from lragent.serve.cache.slots import Slots
 
-Ints = npt.NDArray[np.int64]
 Namespace = tuple[str, ...]
-Accept = Callable[[int, Ints], npt.NDArray[np.bool_]]
-"""Of the entries from position `start` on with these tags: which may be read."""
+Accept = Callable[[int, Ints, Kinds], npt.NDArray[np.bool_]]
+"""Of the entries from position `start` on with these tags, of these kinds: which may be read."""
 OnIdle = Callable[[Slots, int], None]
 
 
@@ -32,16 +32,29 @@ class Node:
     `locks` counts the leases that end at this node or below it; a locked node is never evicted.
     """
 
-    tokens: Ints
-    tags: Ints
-    slots: Slots
+    elements: Elements
     parent: Node | None
     children: dict[int, list[Node]] = field(default_factory=dict)
     locks: int = 0
     last_used: int = 0
 
+    @property
+    def tokens(self) -> Ints:
+        """For reading only, as `tags` and `slots`."""
+        return self.elements.tokens
+
+    @property
+    def tags(self) -> Ints:
+        """See RadixTree."""
+        return self.elements.tags
+
+    @property
+    def slots(self) -> Slots:
+        """One per element."""
+        return self.elements.slots
+
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.elements)
 
 
 @dataclass(eq=False)
@@ -79,9 +92,9 @@ class RadixTree:
     def match(self, namespace: Namespace, tokens: Ints, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
         """The longest cached prefix of `tokens` whose entries may be read.
 
-        Returns its slots, its tags, and the node that ends exactly there (None: nothing matched). Marks the path as
-        used; splits a node where the match ends inside it; changes nothing else. The node stays valid until the next
-        `evict` or `unlock` unless it is locked.
+        Returns its slots and its tags, for reading only, and the node that ends exactly there (None: nothing matched).
+        Marks the path as used; splits a node where the match ends inside it; changes nothing else. The node stays valid
+        until the next `evict` or `unlock` unless it is locked.
         """
         root = self._roots.get(namespace)
         if root is None:
@@ -93,7 +106,7 @@ class RadixTree:
         if length < depth:
             end = self._split(end, len(end) - (depth - length))
         self.touch(end, now)
-        tags = np.concatenate([each.tags for each in self._path(end)][::-1])
+        tags = _joined([each.tags for each in self._path(end)][::-1])
         return self.path_slots(end), tags, end
 
     def measure(self, namespace: Namespace, tokens: Ints, accept: Accept) -> int:
@@ -111,7 +124,8 @@ class RadixTree:
                 continue
             for child in parent.children.get(int(tokens[start]), ()):
                 ahead = tokens[start : start + len(child)]
-                good = (child.tokens[: len(ahead)] == ahead) & accept(start, child.tags[: len(ahead)])
+                good = child.tokens[: len(ahead)] == ahead
+                good &= accept(start, child.tags[: len(ahead)], child.elements.kinds)
                 length = len(good) if good.all() else int(good.argmin())
                 if length == 0:
                     continue
@@ -138,7 +152,7 @@ class RadixTree:
         while at < len(tokens):
             child, length = self._exact_child(node, tokens[at:], tags[at:])
             if child is None:
-                child = Node(tokens[at:].copy(), tags[at:].copy(), slots[at:].copy(), node)
+                child = Node(Elements(tokens[at:], tags[at:], slots[at:], kinds_of(tags[at:])), node)
                 node.children.setdefault(int(tokens[at]), []).append(child)
                 self.size += len(child)
                 self._tell(child, 1)
@@ -196,10 +210,9 @@ class RadixTree:
             assert top.parent is not None
             siblings = top.parent.children[int(top.tokens[0])]
             siblings[siblings.index(top)] = node
-            node.tokens = np.concatenate([each.tokens for each in reversed(chain)])
-            node.tags = np.concatenate([each.tags for each in reversed(chain)])
-            node.slots = np.concatenate([each.slots for each in reversed(chain)])
-            node.parent = top.parent
+            for each in chain[-2::-1]:
+                top.elements.prolong(each.elements)
+            node.elements, node.parent = top.elements, top.parent
             for each in chain[1:]:
                 each.parent = None
         return node
@@ -226,9 +239,8 @@ class RadixTree:
         self.size -= len(taken)
         if self._on_idle is not None:
             self._on_idle(taken, -1)
-        if keep:  # copies, lest the rest hold the memory of what has gone
-            leaf.tokens, leaf.tags = leaf.tokens[:keep].copy(), leaf.tags[:keep].copy()
-            leaf.slots = leaf.slots[:keep].copy()
+        if keep:
+            leaf.elements = leaf.elements.part(0, keep)
             self._note_idle(leaf)
         else:
             self._remove(leaf)
@@ -291,12 +303,10 @@ class RadixTree:
         """
         assert node.parent is not None
         assert 0 < at < len(node)
-        # Copies, lest either half hold the memory of the other when that has gone.
-        columns = (node.tokens[:at].copy(), node.tags[:at].copy(), node.slots[:at].copy())
-        upper = Node(*columns, node.parent, {}, node.locks, node.last_used)
+        upper = Node(node.elements.part(0, at), node.parent, {}, node.locks, node.last_used)
         siblings = node.parent.children[int(node.tokens[0])]
         siblings[siblings.index(node)] = upper
-        node.tokens, node.tags, node.slots = node.tokens[at:].copy(), node.tags[at:].copy(), node.slots[at:].copy()
+        node.elements = node.elements.part(at, len(node))
         node.parent = upper
         upper.children[int(node.tokens[0])] = [node]
         return upper
@@ -328,8 +338,8 @@ class RadixTree:
         return (node for _, node in self._nodes() if not node.children)
 
     def path_slots(self, node: Node | None) -> Slots:
-        """The slots of the whole path that ends at `node`."""
-        return np.concatenate([np.empty(0, np.int64), *[each.slots for each in self._path(node)][::-1]])
+        """The slots of the whole path that ends at `node`; for reading only."""
+        return _joined([each.slots for each in self._path(node)][::-1])
 
     def all_slots(self) -> Slots:
         """Every slot that the tree owns."""
@@ -356,6 +366,8 @@ class RadixTree:
         for _, node in self._nodes():
             assert node.parent is not None
             assert len(node) == len(node.tags) == len(node.slots) > 0, "a node's columns differ in length"
+            kinds = node.elements.kinds
+            assert kinds is None or set(node.tags.tolist()) <= kinds, "a node has tags that it does not know of"
             assert node in node.parent.children[int(node.tokens[0])], "a node hangs under the wrong token"
             below = [child for group in node.children.values() for child in group]
             heads = {(int(child.tokens[0]), int(child.tags[0])) for child in below}
@@ -373,10 +385,13 @@ class RadixTree:
 
 def _root(namespace: Namespace) -> Root:
     nothing = np.empty(0, np.int64)
-    return Root(nothing, nothing, nothing, None, namespace=namespace)
+    return Root(Elements(nothing, nothing, nothing, None), None, namespace=namespace)
 
 
 def _joined(parts: list[Ints]) -> Ints:
+    """A single part is not copied."""
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 

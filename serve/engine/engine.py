@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lragent.errors import UserError
 from lragent.modes import SharingMode
+from lragent.serve.cache.elements import Ints
 from lragent.serve.cache.lease import Lease
-from lragent.serve.cache.radix import Ints
 from lragent.serve.cache.role_cache import RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.launched import Launched

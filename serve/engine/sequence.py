@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lragent.serve.cache.elements import Ints
 from lragent.serve.cache.lease import Lease, Reader
-from lragent.serve.cache.radix import Ints
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
 
