@@ -21,7 +21,7 @@ from lragent.serve.engine.engine import EngineStats
 from lragent.serve.engine.service import EngineService, joined
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, SamplingParams
 
-Asked = str | Sequence[Mapping[str, Any]] | Sequence[int] | npt.NDArray[np.int64]
+Asked = str | Sequence[Mapping[str, Any]] | Sequence[int] | npt.NDArray[np.integer[Any]]
 """What a role is asked to continue: text, the messages of a chat (see the README), or token ids."""
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lragent.serve.cache.slots import Slots
 
+Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
 Kinds = frozenset[int] | None
 
 FEW = 64
@@ -23,11 +25,11 @@ class Elements:
     numbers are. So the tags of a long run, written by few, need not all be looked at.
     """
 
-    tokens: Ints
+    tokens: Tokens
     tags: Ints
     slots: Slots
 
-    def __init__(self, tokens: Ints, tags: Ints, slots: Slots, kinds: Kinds) -> None:
+    def __init__(self, tokens: Tokens, tags: Ints, slots: Slots, kinds: Kinds) -> None:
         """Copies, so that none keeps alive the memory of another."""
         self._rooms: list[npt.NDArray[Any]] = [tokens.copy(), tags.copy(), slots.copy()]
         self.kinds = kinds
@@ -51,7 +53,7 @@ class Elements:
         kinds = None if self.kinds is None or more.kinds is None else self.kinds | more.kinds
         self.kinds = kinds if kinds is not None and len(kinds) <= FEW else None
 
-    def _columns(self) -> tuple[Ints, Ints, Slots]:
+    def _columns(self) -> tuple[Tokens, Ints, Slots]:
         return self.tokens, self.tags, self.slots
 
     def _show(self, length: int) -> None:
@@ -69,8 +71,8 @@ def kinds_of(tags: Ints) -> Kinds:
     return kinds if len(kinds) <= FEW else None
 
 
-def with_room(capacity: int, *parts: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A copy of `parts` end to end, of one type, in an array of `capacity` numbers; those behind are anything."""
+def with_room(capacity: int, *parts: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """A copy of `parts` end to end in an array of `capacity` numbers; those behind are anything."""
     out = np.empty(capacity, parts[0].dtype)
     at = 0
     for part in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lragent.serve.cache.elements import Ints
+from lragent.serve.cache.elements import Ints, Tokens
 from lragent.serve.cache.radix import Node
 from lragent.serve.cache.slots import Slots
 
@@ -31,7 +31,7 @@ class Lease:
 
     reader: Reader
     salt: str
-    tokens: Ints
+    tokens: Tokens
     tags: Ints
     length: int
     prompt: int

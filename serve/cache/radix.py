@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lragent.serve.cache.elements import Elements, Ints, Kinds, kinds_of
+from lragent.serve.cache.elements import Elements, Ints, Kinds, Number, Tokens, kinds_of
 from lragent.serve.cache.slots import Slots
 
 Namespace = tuple[str, ...]
 Accept = Callable[[int, Ints, Kinds], npt.NDArray[np.bool_]]
 """Of the entries from position `start` on with these tags, of these kinds: which may be read."""
 OnIdle = Callable[[Slots, int], None]
+
+NO_SLOTS: Slots = np.empty(0, np.int32)
+NO_TAGS: Ints = np.empty(0, np.int64)
 
 
 @dataclass(eq=False)
@@ -39,7 +42,7 @@ class Node:
     last_used: int = 0
 
     @property
-    def tokens(self) -> Ints:
+    def tokens(self) -> Tokens:
         """For reading only, as `tags` and `slots`."""
         return self.elements.tokens
 
@@ -89,7 +92,7 @@ class RadixTree:
         """Elements that can be evicted now."""
         return self.size - self.locked_size
 
-    def match(self, namespace: Namespace, tokens: Ints, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
+    def match(self, namespace: Namespace, tokens: Tokens, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
         """The longest cached prefix of `tokens` whose entries may be read.
 
         Returns its slots and its tags, for reading only, and the node that ends exactly there (None: nothing matched).
@@ -98,23 +101,23 @@ class RadixTree:
         """
         root = self._roots.get(namespace)
         if root is None:
-            return np.empty(0, np.int64), np.empty(0, np.int64), None
+            return NO_SLOTS, NO_TAGS, None
         end, length = self._longest(root, 0, tokens, accept)
         if end is root:
-            return np.empty(0, np.int64), np.empty(0, np.int64), None
+            return NO_SLOTS, NO_TAGS, None
         depth = self._depth(end)
         if length < depth:
             end = self._split(end, len(end) - (depth - length))
         self.touch(end, now)
-        tags = _joined([each.tags for each in self._path(end)][::-1])
+        tags = _joined([each.tags for each in self._path(end)][::-1], NO_TAGS)
         return self.path_slots(end), tags, end
 
-    def measure(self, namespace: Namespace, tokens: Ints, accept: Accept) -> int:
+    def measure(self, namespace: Namespace, tokens: Tokens, accept: Accept) -> int:
         """How long `match` would be; changes nothing."""
         root = self._roots.get(namespace)
         return 0 if root is None else self._longest(root, 0, tokens, accept)[1]
 
-    def _longest(self, node: Node, position: int, tokens: Ints, accept: Accept) -> tuple[Node, int]:
+    def _longest(self, node: Node, position: int, tokens: Tokens, accept: Accept) -> tuple[Node, int]:
         """The deepest readable match at or below `node`, whose own elements end at `position`."""
         best = (node, position)
         stack = [(node, position)]
@@ -136,7 +139,7 @@ class RadixTree:
         return best
 
     def insert(
-        self, namespace: Namespace, tokens: Ints, tags: Ints, slots: Slots, now: int, below: Node | None = None
+        self, namespace: Namespace, tokens: Tokens, tags: Ints, slots: Slots, now: int, below: Node | None = None
     ) -> tuple[Slots, Node | None]:
         """Put a path into the tree, which takes ownership of the slots it did not know, and mark it as used.
 
@@ -165,7 +168,7 @@ class RadixTree:
         self._note_idle(node)
         return owned, node
 
-    def _exact_child(self, node: Node, tokens: Ints, tags: Ints) -> tuple[Node | None, int]:
+    def _exact_child(self, node: Node, tokens: Tokens, tags: Ints) -> tuple[Node | None, int]:
         for child in node.children.get(int(tokens[0]), ()):
             if child.tags[0] == tags[0]:
                 length = min(len(child), len(tokens))
@@ -233,7 +236,7 @@ class RadixTree:
         """
         leaf = self._pop_idle() if most > 0 else None
         if leaf is None:
-            return np.empty(0, np.int64)
+            return NO_SLOTS
         keep = max(0, len(leaf) - most)
         taken = leaf.slots[keep:]
         self.size -= len(taken)
@@ -256,7 +259,7 @@ class RadixTree:
         while len(some := self.evict_from_oldest(missing)):
             taken.append(some)
             missing -= len(some)
-        return _joined(taken)
+        return _joined(taken, NO_SLOTS)
 
     def _tell(self, node: Node, by: int) -> None:
         if self._on_idle is not None:
@@ -339,19 +342,19 @@ class RadixTree:
 
     def path_slots(self, node: Node | None) -> Slots:
         """The slots of the whole path that ends at `node`; for reading only."""
-        return _joined([each.slots for each in self._path(node)][::-1])
+        return _joined([each.slots for each in self._path(node)][::-1], NO_SLOTS)
 
     def all_slots(self) -> Slots:
         """Every slot that the tree owns."""
-        return _joined([node.slots for _, node in self._nodes()])
+        return _joined([node.slots for _, node in self._nodes()], NO_SLOTS)
 
     def idle_slots(self) -> Slots:
         """Every slot that nobody locks."""
-        return _joined([node.slots for _, node in self._nodes() if not node.locks])
+        return _joined([node.slots for _, node in self._nodes() if not node.locks], NO_SLOTS)
 
     def all_tags(self) -> Ints:
         """The tags of all elements, in the order of `all_slots`."""
-        return _joined([node.tags for _, node in self._nodes()])
+        return _joined([node.tags for _, node in self._nodes()], NO_TAGS)
 
     def check_integrity(self, held: list[Node | None]) -> None:
         """Raises AssertionError on a broken link, an ambiguous branch, a shared slot, a wrong count or a wrong lock.
@@ -384,15 +387,14 @@ class RadixTree:
 
 
 def _root(namespace: Namespace) -> Root:
-    nothing = np.empty(0, np.int64)
-    return Root(Elements(nothing, nothing, nothing, None), None, namespace=namespace)
+    return Root(Elements(np.empty(0, np.int32), NO_TAGS, NO_SLOTS, None), None, namespace=namespace)
 
 
-def _joined(parts: list[Ints]) -> Ints:
-    """A single part is not copied."""
+def _joined(parts: list[npt.NDArray[Number]], none: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """`parts` end to end; a single one is not copied. none: where there are none."""
     if len(parts) == 1:
         return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return np.concatenate(parts) if parts else none
 
 
 def _only(node: Node) -> Node | None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lragent.modes import SharingMode
-from lragent.serve.cache.elements import Ints, Kinds, with_room
+from lragent.serve.cache.elements import Ints, Kinds, Tokens, with_room
 from lragent.serve.cache.lease import Lease, Reader
 from lragent.serve.cache.pages import PagedPool
 from lragent.serve.cache.radix import Accept, Namespace, Node, RadixTree
@@ -125,7 +125,7 @@ class RoleCache:
 
         return accept
 
-    def open(self, tokens: Ints, tags: Ints, *, opening: int, reader: Reader, salt: str, capacity: int) -> Lease:
+    def open(self, tokens: Tokens, tags: Ints, *, opening: int, reader: Reader, salt: str, capacity: int) -> Lease:
         """Find what is cached of a prompt, and hold it.
 
         tokens: [P]. tags: [P], who is to write each position if no entry is found. The last `opening` positions hit
@@ -149,7 +149,7 @@ class RoleCache:
             base_reused=len(base),
             lr_reused=len(base) if self.mode is SharingMode.BASE_LR_SHARED else 0,
             base_slots=with_room(capacity, base),
-            lr_slots=np.empty(0, np.int64),
+            lr_slots=np.empty(0, np.int32),
             reserved=len(base),
             lr_reserved=0,
             committed=len(base),
@@ -162,7 +162,7 @@ class RoleCache:
         self._leases.add(lease)
         return lease
 
-    def _open_residual(self, lease: Lease, found: Ints) -> None:
+    def _open_residual(self, lease: Lease, found: Tokens) -> None:
         serials = self.base_pool.serial[lease.base_slots[: len(found)]]
 
         def accept(start: int, entry_tags: Ints, _: Kinds) -> npt.NDArray[np.bool_]:
@@ -173,7 +173,7 @@ class RoleCache:
         lease.lr_slots, lease.lr_node = with_room(lease.capacity, residual), node
         lease.lr_reused = lease.lr_committed = lease.lr_reserved = len(residual)
 
-    def measure(self, tokens: Ints, *, opening: int, reader: Reader, salt: str) -> int:
+    def measure(self, tokens: Tokens, *, opening: int, reader: Reader, salt: str) -> int:
         """How many positions of a prompt `open` would find and a role need not run over. Changes nothing.
 
         In `base_shared` base entries without the role's own LR save no work; they are not looked for.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +111,7 @@ class SamplingParams:
 class Prompt:
     """A context in tokens, with what is known of who speaks in it.
 
-    token_ids: the whole context, at least one token; kept as an array [P], which a long context is best given as.
+    token_ids: the whole context, at least one token; kept as an array [P] int32. A long context is best given as one.
     position_roles: the role that processes each position where no cache holds it; None = the role asked for. Used in
         the modes with one writer per token; in the others the role asked for processes all.
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
@@ -118,7 +119,7 @@ class Prompt:
     key: under which the answer is remembered, for a client that sends its text back; None: nobody will.
     """
 
-    token_ids: Sequence[int] | npt.NDArray[np.int64]
+    token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
     position_roles: Sequence[str] | None = None
     opening: int = 1
     key: ContextKey | None = None
@@ -128,10 +129,14 @@ class Prompt:
     def __post_init__(self) -> None:
         """Raises UserError for a number that no token can have. Does what takes long for a long context, so that the
         engine's thread need not."""
+        too_large = UserError("prompt: a token id does not fit in 32 bits.")
         try:
-            ids = np.array(self.token_ids, dtype=np.int64)
+            given = np.asarray(self.token_ids, dtype=np.int64)
         except OverflowError:
-            raise UserError("prompt: a token id does not fit in 64 bits.") from None
+            raise too_large from None
+        ids = given.astype(np.int32)
+        if (ids != given).any():
+            raise too_large
         ids.flags.writeable = False
         object.__setattr__(self, "token_ids", ids)
         if self.position_roles is not None:
@@ -139,10 +144,9 @@ class Prompt:
             object.__setattr__(self, "speakers", runs)
 
     @property
-    def ids(self) -> npt.NDArray[np.int64]:
+    def ids(self) -> npt.NDArray[np.int32]:
         """[P], the context; read only."""
-        assert isinstance(self.token_ids, np.ndarray)
-        return self.token_ids
+        return cast(npt.NDArray[np.int32], self.token_ids)
 
 
 @dataclass(frozen=True)
