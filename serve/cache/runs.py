@@ -61,8 +61,8 @@ class FreeRuns:
         if not len(numbers):
             return
         ordered = np.sort(numbers)
-        cuts = np.flatnonzero(np.diff(ordered) != 1) + 1
-        firsts, lasts = ordered[np.r_[0, cuts]].tolist(), ordered[np.r_[cuts, len(ordered)] - 1].tolist()
+        cuts = np.flatnonzero(ordered[1:] != ordered[:-1] + 1)
+        firsts, lasts = [int(ordered[0]), *ordered[cuts + 1].tolist()], [*ordered[cuts].tolist(), int(ordered[-1])]
         runs = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
         for start, end in runs:
             before = bisect_right(self._starts, start) - 1

@@ -146,7 +146,7 @@ class Prompt:
     @property
     def ids(self) -> npt.NDArray[np.int32]:
         """[P], the context; read only."""
-        return cast(npt.NDArray[np.int32], self.token_ids)
+        return cast("npt.NDArray[np.int32]", self.token_ids)
 
 
 @dataclass(frozen=True)
