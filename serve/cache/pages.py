@@ -92,13 +92,20 @@ class PagedPool:
     def _by_page(self, slots: Slots) -> tuple[Slots, npt.NDArray[np.int64]]:
         """The pages of some slots, in order, and how many of the slots each has.
 
-        Slots come in long runs: cut where the page changes, few pieces are left to be sorted.
+        Slots come in long runs, of which only the ends are looked at.
         """
-        pages = slots // self.per
-        starts = np.r_[0, np.flatnonzero(np.diff(pages)) + 1]
-        lengths = np.diff(np.r_[starts, len(pages)])
-        unique, inverse = np.unique(pages[starts], return_inverse=True)
-        return unique, np.bincount(inverse, lengths, len(unique)).astype(np.int64)
+        cuts = np.flatnonzero(slots[1:] != slots[:-1] + 1)
+        firsts, lasts = slots[np.append(0, cuts + 1)], slots[np.append(cuts, len(slots) - 1)]
+        before = firsts // self.per
+        spans = lasts // self.per - before + 1
+        offset = before - np.cumsum(spans) + spans  # from the number of a page among those of all runs to the page
+        pages = np.arange(spans.sum()) + np.repeat(offset, spans)
+        starts = np.maximum(np.repeat(firsts, spans), pages * self.per)
+        ends = np.minimum(np.repeat(lasts, spans) + 1, (pages + 1) * self.per)
+        if not len(cuts):
+            return pages, ends - starts
+        unique, inverse = np.unique(pages, return_inverse=True)
+        return unique, np.bincount(inverse, ends - starts, len(unique)).astype(np.int64)
 
     def _count(self, slots: Slots, *, used: int = 0, idle: int = 0) -> None:
         if not len(slots):

@@ -158,7 +158,7 @@ class RadixTree:
                 child = Node(Elements(tokens[at:], tags[at:], slots[at:], kinds_of(tags[at:])), node)
                 node.children.setdefault(int(tokens[at]), []).append(child)
                 self.size += len(child)
-                self._tell(child, 1)
+                self._tell([child], 1)
                 length = len(child)
             elif length < len(child):
                 child = self._split(child, length)
@@ -181,24 +181,28 @@ class RadixTree:
 
         above: a node on that path whose lock is moved down to `node`: one `unlock`, of `node`, ends both.
         """
+        fresh = []
         for each in self._path(node):
             if each is above:
                 break
             if not each.locks:
+                fresh.append(each)
                 self.locked_size += len(each)
-                self._tell(each, -1)
             each.locks += 1
+        self._tell(fresh, -1)
 
     def unlock(self, node: Node | None) -> None:
         """Undo one `lock`. Joins what needs no border any more, so that a path that grew in steps is one node again."""
         if node is None:
             return
+        free = []
         for each in self._path(node):
             assert each.locks > 0, "unlock without lock"
             each.locks -= 1
             if not each.locks:
+                free.append(each)
                 self.locked_size -= len(each)
-                self._tell(each, 1)
+        self._tell(free, 1)
         self._note_idle(self._join(node))
 
     def _join(self, node: Node) -> Node:
@@ -261,9 +265,9 @@ class RadixTree:
             missing -= len(some)
         return _joined(taken, NO_SLOTS)
 
-    def _tell(self, node: Node, by: int) -> None:
-        if self._on_idle is not None:
-            self._on_idle(node.slots, by)
+    def _tell(self, nodes: list[Node], by: int) -> None:
+        if self._on_idle is not None and nodes:
+            self._on_idle(_joined([node.slots for node in nodes], NO_SLOTS), by)
 
     def _note_idle(self, node: Node) -> None:
         """Remember `node` as one that `evict` may take, if it is."""
