@@ -27,7 +27,7 @@ from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, Samplin
 MOST_OPEN = 512
 """Requests of `generate_many` that are given to the engine at once; it refuses too many."""
 
-Asked = str | Sequence[Mapping[str, Any]] | Sequence[int] | npt.NDArray[np.int64]
+Asked = str | Sequence[Mapping[str, Any]] | Sequence[int] | npt.NDArray[np.integer[Any]]
 """What a role is asked to continue: text, the messages of a chat (see the README), or token ids."""
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from lragent.serve.cache.radix import Ints, Node
+from lragent.serve.cache.elements import Ints, Tokens
+from lragent.serve.cache.radix import Node
 from lragent.serve.cache.slots import Slots
 
 
@@ -32,7 +31,7 @@ class Lease:
 
     reader: Reader
     salt: str
-    tokens: Ints
+    tokens: Tokens
     tags: Ints
     length: int
     prompt: int
@@ -65,10 +64,3 @@ class Lease:
         self.tokens[self.length] = token
         self.tags[self.length] = tag
         self.length += 1
-
-
-def with_room(filled: Slots, capacity: int) -> Slots:
-    """A copy of `filled` with zeros behind it, `capacity` numbers in all: a sequence grows in place."""
-    out = np.zeros(capacity, np.int64)
-    out[: len(filled)] = filled
-    return out

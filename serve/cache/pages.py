@@ -7,6 +7,7 @@ entries need room, and go back when they are empty.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from lragent.errors import LRAgentError
 from lragent.serve.cache.runs import FreeRuns, OutOfSlotsError, Slots
@@ -58,7 +59,8 @@ class PagedPool:
             raise OutOfSlotsError(f"{count} LR slots take {fresh} pages and {self.pages.free_count} slots are free.")
         if fresh:
             taken = self.pages.allocate(fresh, None if after is None else after // self.per)
-            self._free.put((taken[:, None] * self.per + np.arange(self.per)).ravel())
+            entries: Slots = np.add.outer(taken * self.per, np.arange(self.per, dtype=np.int32)).ravel()
+            self._free.put(entries)
             self.page_count += fresh
         slots = self._free.take(count, after)
         self._count(slots, used=1)
@@ -87,16 +89,23 @@ class PagedPool:
         """These used entries can be evicted from now on (by = 1), or no longer (-1)."""
         self._count(slots, idle=by)
 
-    def _by_page(self, slots: Slots) -> tuple[Slots, Slots]:
+    def _by_page(self, slots: Slots) -> tuple[Slots, npt.NDArray[np.int64]]:
         """The pages of some slots, in order, and how many of the slots each has.
 
-        Slots come in long runs: cut where the page changes, few pieces are left to be sorted.
+        Slots come in long runs, of which only the ends are looked at.
         """
-        pages = slots // self.per
-        starts = np.r_[0, np.flatnonzero(np.diff(pages)) + 1]
-        lengths = np.diff(np.r_[starts, len(pages)])
-        unique, inverse = np.unique(pages[starts], return_inverse=True)
-        return unique, np.bincount(inverse, lengths, len(unique)).astype(np.int64)
+        cuts = np.flatnonzero(slots[1:] != slots[:-1] + 1)
+        firsts, lasts = slots[np.append(0, cuts + 1)], slots[np.append(cuts, len(slots) - 1)]
+        before = firsts // self.per
+        spans = lasts // self.per - before + 1
+        offset = before - np.cumsum(spans) + spans  # from the number of a page among those of all runs to the page
+        pages = np.arange(spans.sum()) + np.repeat(offset, spans)
+        starts = np.maximum(np.repeat(firsts, spans), pages * self.per)
+        ends = np.minimum(np.repeat(lasts, spans) + 1, (pages + 1) * self.per)
+        if not len(cuts):
+            return pages, ends - starts
+        unique, inverse = np.unique(pages, return_inverse=True)
+        return unique, np.bincount(inverse, ends - starts, len(unique)).astype(np.int64)
 
     def _count(self, slots: Slots, *, used: int = 0, idle: int = 0) -> None:
         if not len(slots):
@@ -117,7 +126,7 @@ class PagedPool:
 
     def all_pages(self) -> Slots:
         """The base slots that are pages now, in order."""
-        return np.flatnonzero(self._used)
+        return np.flatnonzero(self._used).astype(np.int32)
 
     def free_slots(self) -> Slots:
         """Every free entry of the pages, in order."""

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lragent.serve.cache.elements import Elements, Ints, Kinds, Number, Tokens, kinds_of
 from lragent.serve.cache.slots import Slots
 
-Ints = npt.NDArray[np.int64]
 Namespace = tuple[str, ...]
-Accept = Callable[[int, Ints], npt.NDArray[np.bool_]]
-"""Of the entries from position `start` on with these tags: which may be read."""
+Accept = Callable[[int, Ints, Kinds], npt.NDArray[np.bool_]]
+"""Of the entries from position `start` on with these tags, of these kinds: which may be read."""
 OnIdle = Callable[[Slots, int], None]
+
+NO_SLOTS: Slots = np.empty(0, np.int32)
+NO_TAGS: Ints = np.empty(0, np.int64)
 
 
 @dataclass(eq=False)
@@ -32,16 +35,29 @@ class Node:
     `locks` counts the leases that end at this node or below it; a locked node is never evicted.
     """
 
-    tokens: Ints
-    tags: Ints
-    slots: Slots
+    elements: Elements
     parent: Node | None
     children: dict[int, list[Node]] = field(default_factory=dict)
     locks: int = 0
     last_used: int = 0
 
+    @property
+    def tokens(self) -> Tokens:
+        """For reading only, as `tags` and `slots`."""
+        return self.elements.tokens
+
+    @property
+    def tags(self) -> Ints:
+        """See RadixTree."""
+        return self.elements.tags
+
+    @property
+    def slots(self) -> Slots:
+        """One per element."""
+        return self.elements.slots
+
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.elements)
 
 
 @dataclass(eq=False)
@@ -76,32 +92,32 @@ class RadixTree:
         """Elements that can be evicted now."""
         return self.size - self.locked_size
 
-    def match(self, namespace: Namespace, tokens: Ints, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
+    def match(self, namespace: Namespace, tokens: Tokens, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
         """The longest cached prefix of `tokens` whose entries may be read.
 
-        Returns its slots, its tags, and the node that ends exactly there (None: nothing matched). Marks the path as
-        used; splits a node where the match ends inside it; changes nothing else. The node stays valid until the next
-        `evict` or `unlock` unless it is locked.
+        Returns its slots and its tags, for reading only, and the node that ends exactly there (None: nothing matched).
+        Marks the path as used; splits a node where the match ends inside it; changes nothing else. The node stays valid
+        until the next `evict` or `unlock` unless it is locked.
         """
         root = self._roots.get(namespace)
         if root is None:
-            return np.empty(0, np.int64), np.empty(0, np.int64), None
+            return NO_SLOTS, NO_TAGS, None
         end, length = self._longest(root, 0, tokens, accept)
         if end is root:
-            return np.empty(0, np.int64), np.empty(0, np.int64), None
+            return NO_SLOTS, NO_TAGS, None
         depth = self._depth(end)
         if length < depth:
             end = self._split(end, len(end) - (depth - length))
         self.touch(end, now)
-        tags = np.concatenate([each.tags for each in self._path(end)][::-1])
+        tags = _joined([each.tags for each in self._path(end)][::-1], NO_TAGS)
         return self.path_slots(end), tags, end
 
-    def measure(self, namespace: Namespace, tokens: Ints, accept: Accept) -> int:
+    def measure(self, namespace: Namespace, tokens: Tokens, accept: Accept) -> int:
         """How long `match` would be; changes nothing."""
         root = self._roots.get(namespace)
         return 0 if root is None else self._longest(root, 0, tokens, accept)[1]
 
-    def _longest(self, node: Node, position: int, tokens: Ints, accept: Accept) -> tuple[Node, int]:
+    def _longest(self, node: Node, position: int, tokens: Tokens, accept: Accept) -> tuple[Node, int]:
         """The deepest readable match at or below `node`, whose own elements end at `position`."""
         best = (node, position)
         stack = [(node, position)]
@@ -111,7 +127,8 @@ class RadixTree:
                 continue
             for child in parent.children.get(int(tokens[start]), ()):
                 ahead = tokens[start : start + len(child)]
-                good = (child.tokens[: len(ahead)] == ahead) & accept(start, child.tags[: len(ahead)])
+                good = child.tokens[: len(ahead)] == ahead
+                good &= accept(start, child.tags[: len(ahead)], child.elements.kinds)
                 length = len(good) if good.all() else int(good.argmin())
                 if length == 0:
                     continue
@@ -122,7 +139,7 @@ class RadixTree:
         return best
 
     def insert(
-        self, namespace: Namespace, tokens: Ints, tags: Ints, slots: Slots, now: int, below: Node | None = None
+        self, namespace: Namespace, tokens: Tokens, tags: Ints, slots: Slots, now: int, below: Node | None = None
     ) -> tuple[Slots, Node | None]:
         """Put a path into the tree, which takes ownership of the slots it did not know, and mark it as used.
 
@@ -138,10 +155,10 @@ class RadixTree:
         while at < len(tokens):
             child, length = self._exact_child(node, tokens[at:], tags[at:])
             if child is None:
-                child = Node(tokens[at:].copy(), tags[at:].copy(), slots[at:].copy(), node)
+                child = Node(Elements(tokens[at:], tags[at:], slots[at:], kinds_of(tags[at:])), node)
                 node.children.setdefault(int(tokens[at]), []).append(child)
                 self.size += len(child)
-                self._tell(child, 1)
+                self._tell([child], 1)
                 length = len(child)
             elif length < len(child):
                 child = self._split(child, length)
@@ -151,7 +168,7 @@ class RadixTree:
         self._note_idle(node)
         return owned, node
 
-    def _exact_child(self, node: Node, tokens: Ints, tags: Ints) -> tuple[Node | None, int]:
+    def _exact_child(self, node: Node, tokens: Tokens, tags: Ints) -> tuple[Node | None, int]:
         for child in node.children.get(int(tokens[0]), ()):
             if child.tags[0] == tags[0]:
                 length = min(len(child), len(tokens))
@@ -164,24 +181,28 @@ class RadixTree:
 
         above: a node on that path whose lock is moved down to `node`: one `unlock`, of `node`, ends both.
         """
+        fresh = []
         for each in self._path(node):
             if each is above:
                 break
             if not each.locks:
+                fresh.append(each)
                 self.locked_size += len(each)
-                self._tell(each, -1)
             each.locks += 1
+        self._tell(fresh, -1)
 
     def unlock(self, node: Node | None) -> None:
         """Undo one `lock`. Joins what needs no border any more, so that a path that grew in steps is one node again."""
         if node is None:
             return
+        free = []
         for each in self._path(node):
             assert each.locks > 0, "unlock without lock"
             each.locks -= 1
             if not each.locks:
+                free.append(each)
                 self.locked_size -= len(each)
-                self._tell(each, 1)
+        self._tell(free, 1)
         self._note_idle(self._join(node))
 
     def _join(self, node: Node) -> Node:
@@ -196,10 +217,9 @@ class RadixTree:
             assert top.parent is not None
             siblings = top.parent.children[int(top.tokens[0])]
             siblings[siblings.index(top)] = node
-            node.tokens = np.concatenate([each.tokens for each in reversed(chain)])
-            node.tags = np.concatenate([each.tags for each in reversed(chain)])
-            node.slots = np.concatenate([each.slots for each in reversed(chain)])
-            node.parent = top.parent
+            for each in chain[-2::-1]:
+                top.elements.prolong(each.elements)
+            node.elements, node.parent = top.elements, top.parent
             for each in chain[1:]:
                 each.parent = None
         return node
@@ -220,15 +240,14 @@ class RadixTree:
         """
         leaf = self._pop_idle() if most > 0 else None
         if leaf is None:
-            return np.empty(0, np.int64)
+            return NO_SLOTS
         keep = max(0, len(leaf) - most)
         taken = leaf.slots[keep:]
         self.size -= len(taken)
         if self._on_idle is not None:
             self._on_idle(taken, -1)
-        if keep:  # copies, lest the rest hold the memory of what has gone
-            leaf.tokens, leaf.tags = leaf.tokens[:keep].copy(), leaf.tags[:keep].copy()
-            leaf.slots = leaf.slots[:keep].copy()
+        if keep:
+            leaf.elements = leaf.elements.part(0, keep)
             self._note_idle(leaf)
         else:
             self._remove(leaf)
@@ -244,11 +263,11 @@ class RadixTree:
         while len(some := self.evict_from_oldest(missing)):
             taken.append(some)
             missing -= len(some)
-        return _joined(taken)
+        return _joined(taken, NO_SLOTS)
 
-    def _tell(self, node: Node, by: int) -> None:
-        if self._on_idle is not None:
-            self._on_idle(node.slots, by)
+    def _tell(self, nodes: list[Node], by: int) -> None:
+        if self._on_idle is not None and nodes:
+            self._on_idle(_joined([node.slots for node in nodes], NO_SLOTS), by)
 
     def _note_idle(self, node: Node) -> None:
         """Remember `node` as one that `evict` may take, if it is."""
@@ -291,12 +310,10 @@ class RadixTree:
         """
         assert node.parent is not None
         assert 0 < at < len(node)
-        # Copies, lest either half hold the memory of the other when that has gone.
-        columns = (node.tokens[:at].copy(), node.tags[:at].copy(), node.slots[:at].copy())
-        upper = Node(*columns, node.parent, {}, node.locks, node.last_used)
+        upper = Node(node.elements.part(0, at), node.parent, {}, node.locks, node.last_used)
         siblings = node.parent.children[int(node.tokens[0])]
         siblings[siblings.index(node)] = upper
-        node.tokens, node.tags, node.slots = node.tokens[at:].copy(), node.tags[at:].copy(), node.slots[at:].copy()
+        node.elements = node.elements.part(at, len(node))
         node.parent = upper
         upper.children[int(node.tokens[0])] = [node]
         return upper
@@ -328,20 +345,20 @@ class RadixTree:
         return (node for _, node in self._nodes() if not node.children)
 
     def path_slots(self, node: Node | None) -> Slots:
-        """The slots of the whole path that ends at `node`."""
-        return np.concatenate([np.empty(0, np.int64), *[each.slots for each in self._path(node)][::-1]])
+        """The slots of the whole path that ends at `node`; for reading only."""
+        return _joined([each.slots for each in self._path(node)][::-1], NO_SLOTS)
 
     def all_slots(self) -> Slots:
         """Every slot that the tree owns."""
-        return _joined([node.slots for _, node in self._nodes()])
+        return _joined([node.slots for _, node in self._nodes()], NO_SLOTS)
 
     def idle_slots(self) -> Slots:
         """Every slot that nobody locks."""
-        return _joined([node.slots for _, node in self._nodes() if not node.locks])
+        return _joined([node.slots for _, node in self._nodes() if not node.locks], NO_SLOTS)
 
     def all_tags(self) -> Ints:
         """The tags of all elements, in the order of `all_slots`."""
-        return _joined([node.tags for _, node in self._nodes()])
+        return _joined([node.tags for _, node in self._nodes()], NO_TAGS)
 
     def check_integrity(self, held: list[Node | None]) -> None:
         """Raises AssertionError on a broken link, an ambiguous branch, a shared slot, a wrong count or a wrong lock.
@@ -356,6 +373,8 @@ class RadixTree:
         for _, node in self._nodes():
             assert node.parent is not None
             assert len(node) == len(node.tags) == len(node.slots) > 0, "a node's columns differ in length"
+            kinds = node.elements.kinds
+            assert kinds is None or set(node.tags.tolist()) <= kinds, "a node has tags that it does not know of"
             assert node in node.parent.children[int(node.tokens[0])], "a node hangs under the wrong token"
             below = [child for group in node.children.values() for child in group]
             heads = {(int(child.tokens[0]), int(child.tags[0])) for child in below}
@@ -372,12 +391,14 @@ class RadixTree:
 
 
 def _root(namespace: Namespace) -> Root:
-    nothing = np.empty(0, np.int64)
-    return Root(nothing, nothing, nothing, None, namespace=namespace)
+    return Root(Elements(np.empty(0, np.int32), NO_TAGS, NO_SLOTS, None), None, namespace=namespace)
 
 
-def _joined(parts: list[Ints]) -> Ints:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+def _joined(parts: list[npt.NDArray[Number]], none: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """`parts` end to end; a single one is not copied. none: where there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else none
 
 
 def _only(node: Node) -> Node | None:

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lragent.modes import SharingMode
-from lragent.serve.cache.lease import Lease, Reader, with_room
+from lragent.serve.cache.elements import Ints, Kinds, Tokens, with_room
+from lragent.serve.cache.lease import Lease, Reader
 from lragent.serve.cache.pages import PagedPool
-from lragent.serve.cache.radix import Accept, Ints, Namespace, Node, RadixTree
+from lragent.serve.cache.radix import Accept, Namespace, Node, RadixTree
 from lragent.serve.cache.slots import OutOfSlotsError, SlotPool, Slots
 
 
@@ -67,6 +68,7 @@ class RoleCache:
         self._now = 0
         self._leases: set[Lease] = set()
         self._live: Ints = np.empty(0, np.int64)
+        self._live_kinds: frozenset[int] = frozenset()
 
     @property
     def own_residuals(self) -> bool:
@@ -99,10 +101,13 @@ class RoleCache:
     def set_live_writers(self, tags: list[int]) -> None:
         """Entries of other writers are misses from now on, until their writer is live again."""
         self._live = np.array(sorted(tags), dtype=np.int64)
+        self._live_kinds = frozenset(tags)
 
-    def is_live(self, tags: Ints) -> npt.NDArray[np.bool_]:
-        """Which of these writers are loaded. (np.isin for a short sorted list, ten times as fast: a match asks it at
-        every node.)"""
+    def is_live(self, tags: Ints, kinds: Kinds = None) -> npt.NDArray[np.bool_]:
+        """Which of these writers, of these kinds, are loaded. (Where each must be looked at: np.isin for a short sorted
+        list, ten times as fast.)"""
+        if kinds is not None and kinds <= self._live_kinds:
+            return np.ones(len(tags), np.bool_)
         if not len(self._live):
             return np.zeros(len(tags), np.bool_)
         return np.asarray(self._live.take(self._live.searchsorted(tags), mode="clip") == tags)
@@ -112,15 +117,15 @@ class RoleCache:
         positions those of `reader` alone."""
         own_from = prompt - opening
 
-        def accept(start: int, entry_tags: Ints) -> npt.NDArray[np.bool_]:
-            good = self.is_live(entry_tags)
+        def accept(start: int, entry_tags: Ints, kinds: Kinds) -> npt.NDArray[np.bool_]:
+            good = self.is_live(entry_tags, kinds)
             own = max(0, own_from - start)
             good[own:] &= entry_tags[own:] == reader.writer
             return good
 
         return accept
 
-    def open(self, tokens: Ints, tags: Ints, *, opening: int, reader: Reader, salt: str, capacity: int) -> Lease:
+    def open(self, tokens: Tokens, tags: Ints, *, opening: int, reader: Reader, salt: str, capacity: int) -> Lease:
         """Find what is cached of a prompt, and hold it.
 
         tokens: [P]. tags: [P], who is to write each position if no entry is found. The last `opening` positions hit
@@ -137,14 +142,14 @@ class RoleCache:
         lease = Lease(
             reader=reader,
             salt=salt,
-            tokens=with_room(tokens, capacity),
-            tags=with_room(tags, capacity),
+            tokens=with_room(capacity, tokens),
+            tags=with_room(capacity, written_by, tags[len(base) :]),
             length=prompt,
             prompt=prompt,
             base_reused=len(base),
             lr_reused=len(base) if self.mode is SharingMode.BASE_LR_SHARED else 0,
-            base_slots=with_room(base, capacity),
-            lr_slots=np.empty(0, np.int64),
+            base_slots=with_room(capacity, base),
+            lr_slots=np.empty(0, np.int32),
             reserved=len(base),
             lr_reserved=0,
             committed=len(base),
@@ -152,24 +157,23 @@ class RoleCache:
             node=node,
             lr_node=None,
         )
-        lease.tags[: len(base)] = written_by
         if self.own_residuals:
             self._open_residual(lease, found[: len(base)])
         self._leases.add(lease)
         return lease
 
-    def _open_residual(self, lease: Lease, found: Ints) -> None:
+    def _open_residual(self, lease: Lease, found: Tokens) -> None:
         serials = self.base_pool.serial[lease.base_slots[: len(found)]]
 
-        def accept(start: int, entry_tags: Ints) -> npt.NDArray[np.bool_]:
+        def accept(start: int, entry_tags: Ints, _: Kinds) -> npt.NDArray[np.bool_]:
             return entry_tags == serials[start : start + len(entry_tags)]
 
         residual, _, node = self.lr_tree.match(self._lr_namespace(lease), found, accept, self._now)
         self.lr_tree.lock(node)
-        lease.lr_slots, lease.lr_node = with_room(residual, lease.capacity), node
+        lease.lr_slots, lease.lr_node = with_room(lease.capacity, residual), node
         lease.lr_reused = lease.lr_committed = lease.lr_reserved = len(residual)
 
-    def measure(self, tokens: Ints, *, opening: int, reader: Reader, salt: str) -> int:
+    def measure(self, tokens: Tokens, *, opening: int, reader: Reader, salt: str) -> int:
         """How many positions of a prompt `open` would find and a role need not run over. Changes nothing.
 
         In `base_shared` base entries without the role's own LR save no work; they are not looked for.
@@ -195,7 +199,7 @@ class RoleCache:
             return 0
         most = min(lease.prompt - 1, runner.prompt)
         same = lease.tokens[:most] == runner.tokens[:most]
-        same &= self.readable(lease.prompt, opening, lease.reader)(0, runner.tags[:most])
+        same &= self.readable(lease.prompt, opening, lease.reader)(0, runner.tags[:most], None)
         length = most if same.all() else int(same.argmin())
         if runner.committed < length and length - lease.base_reused >= gain:
             return length
@@ -346,7 +350,7 @@ class RoleCache:
         assert np.isin(self.lr_tree.all_tags(), alive).all(), "an LR entry outlived its base entry"
 
 
-def _everything(_: int, tags: Ints) -> npt.NDArray[np.bool_]:
+def _everything(_: int, tags: Ints, __: Kinds) -> npt.NDArray[np.bool_]:
     return np.ones(len(tags), np.bool_)
 
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from lragent.errors import LRAgentError
 
-Slots = npt.NDArray[np.int64]
-"""Slot numbers, one per token, in the order of the tokens."""
+Slots = npt.NDArray[np.int32]
+"""Slot numbers, one per token, in the order of the tokens; as the device's tables hold them."""
 
 
 class OutOfSlotsError(LRAgentError):
@@ -47,7 +47,7 @@ class FreeRuns:
         if missing:
             self._take_longest(missing, runs)
         self.count -= count
-        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
+        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int32)
 
     def take_at(self, start: int, end: int) -> None:
         """Take the interval [start, end), all of which must be free."""
@@ -61,8 +61,8 @@ class FreeRuns:
         if not len(numbers):
             return
         ordered = np.sort(numbers)
-        cuts = np.flatnonzero(np.diff(ordered) != 1) + 1
-        firsts, lasts = ordered[np.r_[0, cuts]].tolist(), ordered[np.r_[cuts, len(ordered)] - 1].tolist()
+        cuts = np.flatnonzero(ordered[1:] != ordered[:-1] + 1)
+        firsts, lasts = [int(ordered[0]), *ordered[cuts + 1].tolist()], [*ordered[cuts].tolist(), int(ordered[-1])]
         runs = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
         for start, end in runs:
             before = bisect_right(self._starts, start) - 1
@@ -88,7 +88,7 @@ class FreeRuns:
             if piece_start < piece_end:
                 self._starts.insert(at, piece_start)
                 self._ends.insert(at, piece_end)
-        runs.append(np.arange(start, end, dtype=np.int64))
+        runs.append(np.arange(start, end, dtype=np.int32))
         return end - start
 
     def _take_longest(self, count: int, runs: list[Slots]) -> None:
@@ -101,7 +101,7 @@ class FreeRuns:
             while lengths[order[len(whole)]] < missing:
                 whole.append(order[len(whole)])
                 missing -= lengths[whole[-1]]
-            runs.extend(np.arange(self._starts[at], self._ends[at], dtype=np.int64) for at in whole)
+            runs.extend(np.arange(self._starts[at], self._ends[at], dtype=np.int32) for at in whole)
             gone = set(whole)
             rest = [at for at in range(len(lengths)) if at not in gone]
             self._starts, self._ends = [self._starts[at] for at in rest], [self._ends[at] for at in rest]
@@ -124,8 +124,8 @@ class FreeRuns:
 
     def free(self) -> Slots:
         """Every free number, in order."""
-        runs = [np.arange(*run, dtype=np.int64) for run in zip(self._starts, self._ends, strict=True)]
-        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
+        runs = [np.arange(*run, dtype=np.int32) for run in zip(self._starts, self._ends, strict=True)]
+        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int32)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the free intervals overlap, touch, leave the range or miscount."""

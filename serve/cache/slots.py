@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from lragent.serve.cache.runs import FreeRuns, OutOfSlotsError, Slots
 
@@ -16,10 +17,10 @@ class SlotPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.serial: Slots = np.zeros(size, dtype=np.int64)
+        self.serial: npt.NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self._next_serial = 1
         self._free = FreeRuns(size)
-        self._free.put(np.arange(size, dtype=np.int64))
+        self._free.put(np.arange(size, dtype=np.int32))
 
     @property
     def free_count(self) -> int:

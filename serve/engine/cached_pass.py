@@ -26,7 +26,7 @@ def as_rows(numbers: Slots, device: torch.device) -> Rows:
     """numbers: [n]. A slice if they count up by one."""
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return torch.as_tensor(numbers, device=device)
+    return torch.as_tensor(numbers, dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True)

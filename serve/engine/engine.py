@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lragent.errors import UserError
 from lragent.modes import SharingMode
+from lragent.serve.cache.elements import Ints
 from lragent.serve.cache.lease import Lease
-from lragent.serve.cache.radix import Ints
 from lragent.serve.cache.role_cache import RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.launched import Launched
@@ -279,8 +279,9 @@ class Engine:
         ids = sequence.generated
         if ids and ids[-1] in self._end_tokens:
             ids = ids[:-1]
-        request = sequence.request
-        self.turns.remember(request.salt, request.prompt.ids, sequence.detokenizer.text, tuple(ids))
+        key = sequence.request.prompt.key
+        if key is not None:
+            self.turns.remember(key, sequence.detokenizer.text, tuple(ids))
 
     def fail_all(self, error: str) -> None:
         """End every request with an error, after a fault of a step."""

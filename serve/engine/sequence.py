@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lragent.serve.cache.elements import Ints, Tokens
 from lragent.serve.cache.lease import Lease, Reader
-from lragent.serve.cache.radix import Ints
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
 
@@ -84,13 +84,13 @@ class Sequence:
         if self.lease is not None and position < self.lease.length:
             self.lease.tokens[position] = token
 
-    def context(self) -> tuple[Ints, Ints]:
+    def context(self) -> tuple[Tokens, Ints]:
         """What is known: the tokens of prompt and answer, and who is to write each."""
         tokens, tags = self.request.prompt.ids, self.tags
         if not self.generated:
             return tokens, tags
         own = np.full(len(self.generated), self.role.reader.writer)
-        return np.concatenate([tokens, np.array(self.generated)]), np.concatenate([tags, own])
+        return np.concatenate([tokens, np.array(self.generated, np.int32)]), np.concatenate([tags, own])
 
     def usage(self) -> Usage:
         """What this request cost up to now."""

@@ -108,11 +108,11 @@ def _order(piece: Piece) -> int:
     return 0 if piece.end <= reused else 1 if piece.start < reused else 2
 
 
-def _roles(piece: Piece, low_apart: bool, role_of: Mapping[int, int]) -> int | Ints:
+def _roles(piece: Piece, low_apart: bool, role_of: Mapping[int, int]) -> int | list[int] | Ints:
     if low_apart:  # an LR prefill processes others' tokens as the reader
         return piece.sequence.role.index
     tags = piece.sequence.held.tags[piece.start : piece.end]
-    if len(tags) == 1:
-        return role_of[int(tags[0])]
+    if len(tags) <= SHORT:
+        return [role_of[tag] for tag in tags.tolist()]
     known, which = np.unique(tags, return_inverse=True)
     return np.array([role_of[tag] for tag in known.tolist()], np.int32)[which]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from lragent.serve.cache.slots import Slots
@@ -31,7 +30,7 @@ class SlotTables:
 
     @staticmethod
     def _tell(table: torch.Tensor, row: int, start: int, slots: Slots) -> None:
-        fresh = torch.from_numpy(slots[start:].astype(np.int32))
+        fresh = torch.from_numpy(slots[start:])
         if table.is_cuda:  # pinned memory is not used again before the copy from it is done
             fresh = fresh.pin_memory()
         table[row, start : start + len(fresh)].copy_(fresh, non_blocking=True)

@@ -5,44 +5,54 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Context = Sequence[int] | npt.NDArray[np.int64]
+ContextKey = tuple[str, bytes]
+"""Names a context: its tenant's salt, and a digest of its ids."""
+
+
+class ContextKeys:
+    """The keys of one tenant's context as it grows turn by turn: each costs what is new, not the whole context."""
+
+    def __init__(self, salt: str) -> None:
+        self._salt = salt
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._length = 0
+
+    def of(self, context: list[int]) -> ContextKey:
+        """The key of `context`, which must begin with the context of the call before."""
+        self._digest.update(np.array(context[self._length :], np.int64).tobytes())
+        self._length = len(context)
+        return self._salt, self._digest.digest()
 
 
 class TurnMemory:
-    """A bounded memory from (tenant, context before the turn, text of the turn) to the generated ids.
+    """A bounded memory from (context before the turn, text of the turn) to the generated ids.
 
     Used by the engine's thread and by those that prepare prompts.
     """
 
     def __init__(self, capacity: int = 65_536) -> None:
         self._capacity = capacity
-        self._turns: OrderedDict[tuple[str, bytes, str], tuple[int, ...]] = OrderedDict()
+        self._turns: OrderedDict[tuple[ContextKey, str], tuple[int, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def remember(self, salt: str, context: Context, text: str, ids: tuple[int, ...]) -> None:
+    def remember(self, context: ContextKey, text: str, ids: tuple[int, ...]) -> None:
         """`text` was generated as `ids` (without the end-of-turn token) after `context`."""
-        key = (salt, _digest(context), text)
+        key = (context, text)
         with self._lock:
             self._turns[key] = ids
             self._turns.move_to_end(key)
             while len(self._turns) > self._capacity:
                 self._turns.popitem(last=False)
 
-    def recall(self, salt: str, context: Context, text: str) -> list[int] | None:
+    def recall(self, context: ContextKey, text: str) -> list[int] | None:
         """The ids that `text` was generated as, or None."""
-        key = (salt, _digest(context), text)
+        key = (context, text)
         with self._lock:
             ids = self._turns.get(key)
             if ids is None:
                 return None
             self._turns.move_to_end(key)
             return list(ids)
-
-
-def _digest(context: Context) -> bytes:
-    return hashlib.blake2b(np.asarray(context, dtype=np.int64).tobytes(), digest_size=16).digest()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 from itertools import groupby
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from lragent.errors import LRAgentError, UserError
+from lragent.serve.engine.turns import ContextKey
 
 
 class FinishReason(StrEnum):
@@ -110,41 +111,44 @@ class SamplingParams:
 class Prompt:
     """A context in tokens, with what is known of who speaks in it.
 
-    token_ids: the whole context, at least one token; kept as an array [P], which a long context is best given as.
+    token_ids: the whole context, at least one token; kept as an array [P] int32. A long context is best given as one.
     position_roles: the role that processes each position where no cache holds it; None = the role asked for. Used in
         the modes with one writer per token; in the others the role asked for processes all.
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
         only entries that this role wrote.
+    key: under which the answer is remembered, for a client that sends its text back; None: nobody will.
     """
 
-    token_ids: Sequence[int] | npt.NDArray[np.int64]
+    token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
     position_roles: Sequence[str] | None = None
     opening: int = 1
+    key: ContextKey | None = None
+    speakers: tuple[tuple[str, int], ...] | None = field(init=False, default=None)
+    """`position_roles` as runs: a role, and how many positions it has."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number that no token can have."""
+        """Raises UserError for a number that no token can have. Does what takes long for a long context, so that the
+        engine's thread need not."""
+        refusal = UserError("prompt: token ids must be one list of integers of at most 32 bits.")
         try:
-            given = np.array(self.token_ids)
-            if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-                raise UserError("prompt: token ids must be one list of integers.")
-            ids = given.astype(np.int64)
+            given = np.asarray(self.token_ids)
         except (OverflowError, ValueError):
-            raise UserError("prompt: token ids must be one list of integers of at most 64 bits.") from None
+            raise refusal from None
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise refusal
+        ids = given.astype(np.int32)
+        if (ids != given).any():
+            raise refusal
         ids.flags.writeable = False
         object.__setattr__(self, "token_ids", ids)
+        if self.position_roles is not None:
+            runs = tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
+            object.__setattr__(self, "speakers", runs)
 
     @property
-    def ids(self) -> npt.NDArray[np.int64]:
+    def ids(self) -> npt.NDArray[np.int32]:
         """[P], the context; read only."""
-        assert isinstance(self.token_ids, np.ndarray)
-        return self.token_ids
-
-    @cached_property
-    def speakers(self) -> tuple[tuple[str, int], ...] | None:
-        """`position_roles` as runs: a role, and how many positions it has."""
-        if self.position_roles is None:
-            return None
-        return tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
+        return cast("npt.NDArray[np.int32]", self.token_ids)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ class WaitingLine:
             self._places.pop(0)
 
     def put_head_at(self, key: int) -> None:
-        """Give the head another key; one in front stays there."""
-        if not self._front:
+        """Give the head another key; one who was preempted stays in front."""
+        if not self._front and self._places[0].key != FIRST:
             place = self._places.pop(0)
             place.key = key
             insort(self._places, place, key=lambda place: place.rank)

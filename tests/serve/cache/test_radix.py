@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lragent.serve.cache.elements import Kinds
 from lragent.serve.cache.radix import Node, RadixTree
 
 Path = tuple[tuple[int, int], ...]
@@ -85,7 +86,7 @@ class RadixMachine(RuleBasedStateMachine):
         def may_read(position: int, tag: int) -> bool:
             return tag in readable and (position < own_from or tag == 0)
 
-        def accept(start: int, tags: np.ndarray) -> np.ndarray:
+        def accept(start: int, tags: np.ndarray, kinds: Kinds) -> np.ndarray:
             return np.array([may_read(start + i, int(tag)) for i, tag in enumerate(tags)], dtype=bool)
 
         longest: set[Path] = {()}
@@ -146,7 +147,7 @@ TestRadixTree = RadixMachine.TestCase
 TestRadixTree.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-def everything(_: int, tags: np.ndarray) -> np.ndarray:
+def everything(_: int, tags: np.ndarray, __: Kinds) -> np.ndarray:
     return np.ones(len(tags), dtype=bool)
 
 
