@@ -164,7 +164,7 @@ class Engine:
         if isinstance(prompt, str):
             with self._tokenizing:
                 return Prompt(self._service.tokenizer(prompt)["input_ids"])
-        if len(prompt) and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
             with self._tokenizing:
                 return self._service.chat.prepare(prompt, role, salt)  # type: ignore[arg-type]  # the first says what all are
         return Prompt(prompt)  # type: ignore[arg-type]  # as above

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
             enforce_eager=settings.enforce_eager,
             check_integrity=settings.check_integrity,
         )
+        gc.collect()
+        gc.freeze()  # what is in memory now stays, and a pass over all of it would hold the engine up
         service.start()
         try:
             serve(create_app(service, settings), service, settings, sock, _announce)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import queue
 import threading
@@ -56,9 +55,7 @@ class EngineService:
         return self._thread.is_alive() and self.failure is None and not self._stopping.is_set()
 
     def start(self) -> None:
-        """Begin to serve. What is in memory now will stay: the garbage collector need not look at it again and again."""
-        gc.collect()
-        gc.freeze()
+        """Begin to serve."""
         self._thread.start()
 
     def stop(self, drain: bool = True, timeout_s: float = 30.0) -> None:

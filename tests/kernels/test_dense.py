@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
+from lragent.kernels.ops import project
 from lragent.kernels.rms_norm import rms_norm, rms_norm_reference
 from lragent.kernels.silu_gate import silu_gate, silu_gate_reference
 from lragent.kernels.skinny_linear import MOST_TOKENS, skinny_linear, skinny_linear_reference
@@ -86,3 +87,12 @@ def test_silu_gating_is_as_defined(d: int, dtype: torch.dtype, device: str) -> N
     assert_close(silu_gate(x, d), silu_gate_reference(x, d), dtype)
     with pytest.raises(ValueError, match=r"^d: "):
         silu_gate(x, d + 5)
+
+
+def test_float16_survives_channels_that_a_norm_makes_small(device: str) -> None:
+    """The first token of a text may have a channel of some thousands, and its norm's weight may be large."""
+    x = torch.randn(4, 64, device=device).half()
+    x[0, 5] = 6000
+    weight, norm = torch.randn(8, 64, device=device).half() / 8, torch.full((64,), 12.0, device=device).half()
+    expected = skinny_linear_reference(x, weight, norm=(norm, 1e-5))
+    assert_close(project(x, weight, norm=(norm, 1e-5)), expected, torch.float16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -101,3 +103,47 @@ def test_errors_name_what_is_wrong(engine: Engine, files: tuple[Path, Path]) -> 
     with pytest.raises(UserError, match=r"^sharing: must be one of"):
         Engine(str(files[0]), sharing="everything")
     assert engine.roles == ("base", *ROLES)
+
+
+@pytest.mark.parametrize("bad", [np.array([[5, 6], [7, 8]]), [1.5, 2.0], [[1], [2, 3]], [2**40], np.array(3)])
+def test_what_is_no_list_of_ids_ends_that_request_only(engine: Engine, bad: object) -> None:
+    with pytest.raises(UserError, match=r"^prompt: token ids must be one list of integers"):
+        engine.generate("plan", bad, **GREEDY)  # type: ignore[arg-type]  # that is the point
+    assert engine.generate("plan", [5, 6, 7], **GREEDY).token_ids
+
+
+def test_many_more_than_the_engine_takes_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lragent.serve.local.MOST_OPEN", 3)
+    asked = [("plan", [5, 6, 7 + n]) for n in range(10)]
+    assert len(engine.generate_many(asked, salt="few", **GREEDY)) == 10
+    with pytest.raises(UserError, match="critic"):
+        engine.generate_many([*asked, ("critic", [5])], **{**GREEDY, "max_tokens": 200})
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_a_stream_that_is_dropped_before_its_first_piece_is_cancelled(engine: Engine) -> None:
+    started = engine.stream("plan", [9, 8, 7], **{**GREEDY, "max_tokens": 200})
+    del started
+    engine.generate("plan", [5, 6, 7], **GREEDY)
+    assert engine.stats().running == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_num_seqs", 0), ("max_num_batched_tokens", -1), ("max_tokens_in_cache", -5), ("gpu_memory_utilization", 7)],
+)
+def test_options_out_of_range_are_named(files: tuple[Path, Path], option: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"^{option}: must be"):
+        Engine(str(files[0]), device="cpu", **{option: value})  # type: ignore[arg-type]  # of several types
+
+
+def test_an_engine_that_nobody_holds_ends(files: tuple[Path, Path]) -> None:
+    engine = Engine(str(files[0]), device="cpu", max_model_len=64, max_tokens_in_cache=256)
+    assert engine.generate("base", [5, 6], **GREEDY).token_ids
+    thread, runner = engine._service._thread, weakref.ref(engine._service._engine._runner)
+    del engine
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    gc.collect()
+    assert runner() is None, "the model is held"

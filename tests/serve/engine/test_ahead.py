@@ -10,7 +10,7 @@ import torch
 from engines import ROLES, Recorder, tiny_engine
 
 from lragent.modes import SharingMode
-from lragent.serve.engine.types import FinishReason
+from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, SamplingParams
 
 END = 2
 """The token that ends a turn."""
@@ -102,3 +102,20 @@ def test_a_request_may_come_again_under_its_name_while_the_step_of_the_first_run
     recorder.engine.cancel("request-2")
     recorder.count = 1
     assert recorder.ask("plan", prompt(2, 12), 3, salt="anew").token_ids == expected
+
+
+def test_a_receiver_that_fails_loses_its_own_request_only() -> None:
+    engine = tiny_engine("base_lr_shared", ahead=True)
+    recorder = Recorder(engine)
+
+    def fails(chunk: Chunk) -> None:
+        raise RuntimeError("nobody there")
+
+    engine.add(GenerationRequest("deaf", "plan", Prompt(prompt(1, 12)), SamplingParams(max_tokens=9)), fails)
+    other = recorder.submit("action", prompt(2, 12), 3)
+    recorder.finish()
+    assert len(recorder.answer(other).token_ids) == 3
+    engine.add(GenerationRequest("deaf", "plan", Prompt(prompt(1, 12)), SamplingParams(max_tokens=9)), fails)
+    another = recorder.submit("action", prompt(2, 12), 3)
+    engine.fail_all("a fault")
+    assert recorder.chunks[another][-1].finish_reason is FinishReason.ERROR
