@@ -204,7 +204,7 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]  # as above
     for column in tl.range(0, D_IN, COLUMNS, num_stages=STAGES):
         there = None if EVEN else (column + o_c < D_IN)
         b_x = tl.load(p_x + column + o_c, mask=there, other=None if EVEN else 0.0).to(tl.float32)
-        m_w = None if EVEN else (o_n < d_out)[:, None] & there[None, :]
+        m_w = None if EVEN else (o_n < d_out)[:, None] & (column + o_c < D_IN)[None, :]
         if NORM:
             squares += b_x * b_x
             b_x *= tl.load(p_norm + column + o_c, mask=there, other=None if EVEN else 0.0).to(tl.float32)

@@ -43,6 +43,7 @@ class FusedLayer(nn.Module):
         attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
         self.head_dim = int(attention.head_dim)  # type: ignore[arg-type]  # a number, as `reason_against` has seen
         self.index = int(attention.layer_idx)  # type: ignore[arg-type]  # as above
+        self.outputs = attention.get_submodule("o_proj"), mlp.get_submodule("down_proj")  # a tuple: they have a place
         self.projections = StackedProjections([getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")], 1)
         self.gate_up = StackedProjections([mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")], 2)
         self.input_norm = norm_of(layer.get_submodule("input_layernorm"))
@@ -67,8 +68,8 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """hidden_states: [1, T, d], may be added to in place; position_embeddings: cos and sin, [1, T, D] each."""
         x = hidden_states[0]
-        x = self._add(self.layer.self_attn.o_proj, self._attended(x, position_embeddings, attention_pass), x)
-        x = self._add(self.layer.mlp.down_proj, self._gated(x), x)
+        x = self._add(self.outputs[0], self._attended(x, position_embeddings, attention_pass), x)
+        x = self._add(self.outputs[1], self._gated(x), x)
         return x.unsqueeze(0)
 
     def _attended(self, x: torch.Tensor, angles: Rope, through: CachePass) -> torch.Tensor:
@@ -91,9 +92,9 @@ class FusedLayer(nn.Module):
             key,
             value,
             low_v if split_v else None,
-            modules[2].up if split_v else None,
+            _up(modules[2]) if split_v else None,
             low_k if split_k else None,
-            modules[1].up if split_k else None,
+            _up(modules[1]) if split_k else None,
             (angles[0][0], angles[1][0]),
             self.key_norm if split_k else None,
         )
@@ -137,3 +138,8 @@ class FusedLayer(nn.Module):
     def _split(self, module: nn.Module) -> bool:
         """Whether attention applies this projection's `B`."""
         return isinstance(module, RoleLinear) and module.kind in self.router.route.split
+
+
+def _up(module: nn.Module) -> torch.Tensor:
+    assert isinstance(module, RoleLinear)
+    return module.up

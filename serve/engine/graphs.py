@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def _refuse_waiting(forward: Callable[[StepTensors, int], torch.Tensor], bucket:
 
 
 def _captured(
-    forward: Callable[[StepTensors, int], torch.Tensor], bucket: Bucket, device: torch.device, pool: tuple[int, int]
+    forward: Callable[[StepTensors, int], torch.Tensor], bucket: Bucket, device: torch.device, pool: Any
 ) -> _Captured:
     tensors = StepTensors.empty(bucket.tokens, bucket.sequences, device)
     side = torch.cuda.Stream(device)

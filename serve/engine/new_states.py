@@ -59,7 +59,9 @@ def left_states(
     v_proj, k_proj = split_projection(layer, "v_proj", route), split_projection(layer, "k_proj", route)
     key, norm = (key, None) if k_proj is None else split_keys(layer, k_proj, key)
     return NewStates(
-        *(states.transpose(0, 1) for states in (query, key, value)),
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        value.transpose(0, 1),
         low_v=None if v_proj is None else v_proj.take_low()[0],
         up_v=None if v_proj is None else v_proj.reader_up(),
         low_k=None if k_proj is None else k_proj.take_low()[0],

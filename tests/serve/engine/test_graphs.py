@@ -87,3 +87,17 @@ def test_a_model_that_no_graph_can_hold_runs_without(caplog: pytest.LogCaptureFi
         answers.append(recorder.ask("plan", ids, 6).token_ids)
     assert answers[0] == answers[1]
     assert "No CUDA graphs" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_second_gpu_answers_as_the_first(graphs: bool) -> None:
+    """Streams, events and graphs belong to a device; torch takes the first where nobody says."""
+    answers = []
+    for device in ("cuda:0", "cuda:1"):
+        recorder = Recorder(tiny_engine("base_lr_shared", device=device, graphs=graphs))
+        names = [recorder.submit(role, list(range(20 + at, 50)), 12) for at, role in enumerate(("plan", "action"))]
+        recorder.finish()
+        answers.append([recorder.answer(name).token_ids for name in names])
+    assert answers[0] == answers[1]
