@@ -40,6 +40,8 @@ class Node:
     children: dict[int, list[Node]] = field(default_factory=dict)
     locks: int = 0
     last_used: int = 0
+    last_found: int = 0
+    """When a request found it last; 0 where it was only written."""
 
     @property
     def tokens(self) -> Tokens:
@@ -109,8 +111,14 @@ class RadixTree:
         if length < depth:
             end = self._split(end, len(end) - (depth - length))
         self.touch(end, now)
+        for each in self._path(end):
+            each.last_found = now
         tags = _joined([each.tags for each in self._path(end)][::-1], NO_TAGS)
         return self.path_slots(end), tags, end
+
+    def idle_not_found_since(self, when: int) -> int:
+        """Elements that can be evicted now and that no request has found since `when`."""
+        return sum(len(node) for _, node in self._nodes() if not node.locks and node.last_found < when)
 
     def measure(self, namespace: Namespace, tokens: Tokens, accept: Accept) -> int:
         """How long `match` would be; changes nothing."""
@@ -220,6 +228,7 @@ class RadixTree:
             for each in chain[-2::-1]:
                 top.elements.prolong(each.elements)
             node.elements, node.parent = top.elements, top.parent
+            node.last_found = max(each.last_found for each in chain)
             for each in chain[1:]:
                 each.parent = None
         return node
@@ -310,7 +319,7 @@ class RadixTree:
         """
         assert node.parent is not None
         assert 0 < at < len(node)
-        upper = Node(node.elements.part(0, at), node.parent, {}, node.locks, node.last_used)
+        upper = Node(node.elements.part(0, at), node.parent, {}, node.locks, node.last_used, node.last_found)
         siblings = node.parent.children[int(node.tokens[0])]
         siblings[siblings.index(node)] = upper
         node.elements = node.elements.part(at, len(node))

@@ -219,6 +219,17 @@ class RoleCache:
         evictable = self.base_tree.idle_size + lr_pool.loose
         return base + lr_pool.pages_after_eviction(low) <= pool.free_count + evictable
 
+    @property
+    def now(self) -> int:
+        """The time of the trees, which grows with every lookup and commit."""
+        return self._now
+
+    def displaces(self, count: int, beside: Iterable[Lease], since: int) -> bool:
+        """Whether `count` new positions, beside what `beside` have yet to reserve, would have room, but in part that of
+        entries which a request has found since the time `since`: of somebody who is likely to come back for them."""
+        wanted = count + sum(self._missing(other, other.length)[0] for other in beside) - self.base_pool.free_count
+        return 0 < wanted <= self.base_tree.idle_size and wanted > self.base_tree.idle_not_found_since(since)
+
     def _missing(self, lease: Lease, length: int) -> tuple[int, int]:
         """Base and LR slots that `lease` lacks for `length` positions."""
         low = max(0, length - lease.lr_reserved) if self.own_residuals else 0

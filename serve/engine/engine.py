@@ -66,6 +66,8 @@ class EngineStats:
     lr_evicted: int = 0
     held_back: int = 0
     """How many times a request waited for another that computed the same new prefix."""
+    stood_aside: int = 0
+    """How many times one waited lest it take the cache of others that come back for it."""
     base_bytes_used: int = 0
     base_bytes_total: int = 0
     lr_bytes_used: int = 0
@@ -304,6 +306,7 @@ class Engine:
             base_evicted=cache.counters.base_evicted,
             lr_evicted=cache.counters.lr_evicted,
             held_back=self._scheduler.held_back,
+            stood_aside=self._scheduler.stood_aside,
             base_bytes_used=memory.base_used,
             base_bytes_total=memory.base_total,
             lr_bytes_used=memory.lr_used,

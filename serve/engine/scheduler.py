@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from dataclasses import dataclass, field
 
 from lragent.serve.cache.role_cache import RoleCache
 from lragent.serve.engine.sequence import Piece, Sequence
 from lragent.serve.engine.types import Usage
 from lragent.serve.engine.waiting import WaitingLine
+
+ASIDE = 16
+"""Steps after which one who stands aside looks again."""
 
 
 @dataclass
@@ -26,6 +30,10 @@ class Scheduler:
     Prompts are handed to the trees chunk by chunk. One that a running sequence is about to compute a prefix of, longer
     by `least_gain` tokens than what is cached, is held back until that prefix is there: others pass it meanwhile.
 
+    Where the cache is full, a prompt of which little is cached stands aside while it would take the slots of entries
+    that others have found lately, such as agents between two of their steps: else all would compute again what they
+    have just lost to one another. It waits `patience` steps at most, and not where nobody runs.
+
     Not more than one token of a sequence may be in flight when `schedule` is called.
     check: check the integrity of everything before each step (slow, for debugging).
     """
@@ -34,16 +42,21 @@ class Scheduler:
     max_sequences: int
     token_budget: int
     least_gain: int = 8
+    patience: int = 256
     check: bool = False
     running: list[Sequence] = field(default_factory=list)
     """In the order in which they were admitted."""
     preempted: int = 0
     held_back: int = 0
     """How many times a sequence was held back, up to now."""
+    stood_aside: int = 0
+    """How many times one stood aside."""
     _line: WaitingLine = field(default_factory=WaitingLine)
     _arrived: list[Sequence] = field(default_factory=list)
     """Added since the last step; they have no place in the line yet."""
     _steps: int = 0
+    _times: deque[int] = field(default_factory=deque)
+    """The cache's times at the last `patience` steps."""
     _full: Sequence | None = None
     """It has found no room, and nothing has changed since."""
 
@@ -81,6 +94,9 @@ class Scheduler:
             pieces = self._pieces()
         if pieces:
             self._steps += 1
+            self._times.append(self.cache.now)
+            if len(self._times) > self.patience:
+                self._times.popleft()
             for piece in pieces:
                 piece.sequence.served = self._steps
         return pieces
@@ -150,9 +166,10 @@ class Scheduler:
         """Let run who may, in order."""
         competing = len(self._arrived) + len(self._line) > self.max_sequences - len(self.running)
         for sequence in self._arrived:
-            sequence.served = self._steps
+            sequence.came = sequence.served = self._steps
             self._line.add(sequence, self._key(self._left(sequence) if competing else 0, self._steps))
         self._arrived.clear()
+        self._line.call_back(self._steps if self.running else None)
         while len(self.running) < self.max_sequences:
             head = self._line.head()
             if head is None or head is self._full or head.in_flight:
@@ -170,6 +187,10 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> None:
         """Let the head of the line run, if nobody computes its prompt just now, and if there is room for what is known
         of it and of all who run: else somebody would only be preempted."""
+        if self._stands_aside(sequence):
+            self._line.stand_head_aside(self._steps + ASIDE)
+            self.stood_aside += 1
+            return
         prompt = sequence.request.prompt
         tokens, tags = sequence.context()
         opening = prompt.opening + len(sequence.generated)
@@ -210,6 +231,18 @@ class Scheduler:
                 lr_prefilled=lease.base_reused - sequence.computed,
             )
         self.running.append(sequence)
+
+    def _stands_aside(self, sequence: Sequence) -> bool:
+        """Whether the head of the line waits, lest it take what others are about to use."""
+        size = len(sequence.request.prompt.ids)
+        overdue = self._steps - sequence.came >= self.patience
+        if not self.running or overdue or size <= self.cache.base_pool.free_count or self._line.head_was_preempted:
+            return False
+        left = self._left(sequence)
+        if left <= size - left:  # most of it is cached: it is one of those who come back
+            return False
+        since = self._times[0] if len(self._times) == self.patience else 1  # at 0 is what nobody has found
+        return self.cache.displaces(left, [each.held for each in self.running], since)
 
     def _reserve(self, sequence: Sequence, end: int, pieces: list[Piece]) -> bool:
         """Slots for `sequence` up to `end`, preempting from the last on, out of this step if need be; False if it was

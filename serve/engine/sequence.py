@@ -30,7 +30,8 @@ class Sequence:
     are known. last_logprob: of the last one, where asked for. lease: None while waiting. computed: positions whose
     cache is written (or was found), or is being written by a step that was launched. in_flight: tokens drawn by
     launched steps that are not known yet; the lease holds placeholders for them. row: its row in the device's tables
-    while it runs, else -1. served: the scheduler's step in which it last had a piece, or was admitted.
+    while it runs, else -1. came: the scheduler's step in which it came. served: that in which it last had a piece, or
+    was admitted.
     """
 
     request: GenerationRequest
@@ -46,6 +47,7 @@ class Sequence:
     computed: int = 0
     in_flight: int = 0
     row: int = -1
+    came: int = 0
     served: int = 0
     usage_at_start: Usage | None = None
     """Prompt counts of the first admission; a preemption does not change them."""

@@ -27,16 +27,18 @@ class Place:
 @dataclass
 class WaitingLine:
     """Those who were preempted, then all others by key; apart from them those who are held back behind a running
-    sequence until it has handed in what they need, so that nobody has to look after them meanwhile."""
+    sequence until it has handed in what they need, and those who stand aside for some steps, so that nobody has to look
+    after them meanwhile."""
 
     _front: deque[Sequence] = field(default_factory=deque)
     _places: list[Place] = field(default_factory=list)
     _behind: dict[Sequence, list[tuple[int, Place]]] = field(default_factory=dict)
+    _aside: list[tuple[int, Place]] = field(default_factory=list)
     _order: itertools.count[int] = field(default_factory=itertools.count)
 
     def __len__(self) -> int:
         """Everybody, those who are held back too."""
-        return len(self._front) + len(self._places) + self.held_back
+        return len(self._front) + len(self._places) + len(self._aside) + self.held_back
 
     @property
     def held_back(self) -> int:
@@ -44,9 +46,10 @@ class WaitingLine:
         return sum(map(len, self._behind.values()))
 
     def everybody(self) -> list[Sequence]:
-        """In the order in which they would go, those who are held back last."""
+        """In the order in which they would go, those who stand aside and who are held back last."""
         held = [place.sequence for behind in self._behind.values() for _, place in behind]
-        return [*self._front, *(place.sequence for place in self._places), *held]
+        aside = [place.sequence for _, place in self._aside]
+        return [*self._front, *(place.sequence for place in self._places), *aside, *held]
 
     def add(self, sequence: Sequence, key: int) -> None:
         """Let `sequence` wait at the place that `key` gives it."""
@@ -76,6 +79,23 @@ class WaitingLine:
             place.key = key
             insort(self._places, place, key=lambda place: place.rank)
 
+    @property
+    def head_was_preempted(self) -> bool:
+        """Whether the head has run before."""
+        return bool(self._front) or self._places[0].key == FIRST
+
+    def stand_head_aside(self, until: int) -> None:
+        """Take the head out of the order until step `until`. It must not have been preempted."""
+        self._aside.append((until, self._places.pop(0)))
+
+    def call_back(self, step: int | None) -> None:
+        """Those who stand aside until `step` or an earlier one have their places again; all of them for None."""
+        if self._aside:
+            for until, place in self._aside:
+                if step is None or until <= step:
+                    insort(self._places, place, key=lambda place: place.rank)
+            self._aside = [] if step is None else [each for each in self._aside if each[0] > step]
+
     def hold_head_back(self, runner: Sequence, until: int) -> None:
         """Take the head out of the order until `runner` has handed in `until` positions, or has gone."""
         place = Place(self._front.popleft(), FIRST, -next(self._order)) if self._front else self._places.pop(0)
@@ -104,6 +124,7 @@ class WaitingLine:
             self._front.remove(sequence)
             return
         self._places = [place for place in self._places if place.sequence is not sequence]
+        self._aside = [each for each in self._aside if each[1].sequence is not sequence]
         for runner, behind in list(self._behind.items()):
             rest = [each for each in behind if each[1].sequence is not sequence]
             if rest:

@@ -241,3 +241,68 @@ def test_a_fork_takes_no_base_slot_for_what_is_shared(mode: SharingMode) -> None
     for role in ROLES:
         assert harness.found([*history, 60 + ROLES.index(role), 70], role).base_reused >= 51
     harness.check_end()
+
+
+def agents(patience: int, slots: int, count: int = 6, turns: int = 10) -> tuple[int, int]:
+    """Agents that each send their next step when the one before has ended. Tokens computed, and steps taken."""
+    harness = Harness(slots=slots, max_sequences=count, token_budget=64)
+    harness.scheduler.patience = patience
+    contexts = [[1000 * agent + n for n in range(30)] for agent in range(count)]
+    turn = dict.fromkeys(range(count), 0)
+    asked = {agent: harness.add(contexts[agent], answer=4) for agent in range(count)}
+    computed = 0
+    for steps in range(20_000):
+        computed += sum(piece.end - piece.start for piece in harness.step())
+        for agent, sequence in list(asked.items()):
+            if sequence not in harness.finished:
+                continue
+            del asked[agent]
+            turn[agent] += 1
+            if turn[agent] < turns:
+                contexts[agent] += [*sequence.generated, *range(100 * turn[agent], 100 * turn[agent] + 15)]
+                asked[agent] = harness.add(contexts[agent], answer=4)
+        if not asked:
+            harness.check_end()
+            return computed, steps
+    raise AssertionError("the agents do not come to an end")
+
+
+def test_agents_that_overfill_the_cache_do_not_evict_one_another_in_turns() -> None:
+    """All together need 1,300 slots at their ends. Whoever has lost its cache waits for others to end or to rest."""
+    enough, _ = agents(0, 1400)
+    eager, _ = agents(0, 700)
+    patient, _ = agents(256, 700)
+    assert enough < patient < 0.7 * eager, (enough, patient, eager)
+    assert agents(256, 1400)[0] == enough
+
+
+def test_who_stands_aside_has_its_turn_at_last() -> None:
+    """Others come back for their entries for ever, and one who has none waits no longer than its patience."""
+    harness = Harness(slots=130, max_sequences=3, token_budget=64)
+    harness.scheduler.patience = 20
+    rooms = [[1000 * agent + n for n in range(50)] for agent in range(2)]
+    asked = [harness.add(room, answer=2) for room in rooms]
+    for _ in range(30):  # both have their place, and are found in it
+        harness.step()
+        asked = [
+            harness.add(room, answer=2) if s in harness.finished else s for s, room in zip(asked, rooms, strict=True)
+        ]
+    newcomer = harness.add([5000 + n for n in range(60)], answer=2)
+    waited = 0
+    while newcomer not in harness.finished:
+        waited += 1
+        harness.step()
+        asked = [
+            harness.add(room, answer=2) if s in harness.finished else s for s, room in zip(asked, rooms, strict=True)
+        ]
+        assert waited < 20 + 16 + 40
+    assert harness.scheduler.stood_aside > 0
+    assert waited > 15
+
+
+def test_entries_that_nobody_has_come_back_for_are_taken_at_once() -> None:
+    harness = Harness(slots=100, max_sequences=2, token_budget=64)
+    for number in range(12):
+        harness.add([1000 * number + n for n in range(40)], answer=4)
+    harness.run()
+    assert harness.scheduler.stood_aside == 0
