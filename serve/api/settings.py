@@ -25,11 +25,11 @@ class ServeSettings:
     prefix_writer: PrefixWriter | None = None
     """None: as the pack was trained."""
     dtype: str = "auto"
-    """Of weights and cache; auto is what the model is stored in."""
+    """Of weights and cache; auto is float32 on a CPU and bfloat16 on a GPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     max_model_len: int | None = None
-    """Tokens of prompt and answer together; None: what the model allows."""
+    """Tokens of prompt and answer together; None: what the model allows. Never more than the cache holds."""
     max_tokens_in_cache: int | None = None
     """Slots of the KV cache, one token each; None: chosen by the engine."""
     gpu_memory_utilization: float = 0.9

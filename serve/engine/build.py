@@ -188,6 +188,10 @@ def build_engine(
         slot_bytes=shape.base_bytes(dtype),
         lr_slot_bytes=0 if paged else shape.lr_bytes(dtype),
     )
+    if max_model_len is not None and cache.longest < max_model_len:
+        logger.warning(
+            "The cache holds %d tokens: --max-model-len %d is lowered to that.", cache.longest, max_model_len
+        )
     context = min(context, cache.longest)
     runner.attention = attention(slots)
     if on_gpu and graphs:

@@ -89,6 +89,9 @@ def cache_slots(
             )
         return min(slots, most)
     if asked is not None:
+        fitting = psutil.virtual_memory().available // each
+        if asked > fitting:
+            raise UserError(f"--max-tokens-in-cache: {asked} tokens do not fit into the free memory; {fitting} would.")
         return min(asked, most)
     fitting = int(psutil.virtual_memory().available * CPU_SHARE) // each
     if fitting < 2:

@@ -24,7 +24,10 @@ class TokenText:
         added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         self._special = frozenset(tokenizer.all_special_ids)
         of_char = _byte_of_char()
-        spelled = of_char if of_char.keys() <= vocab.keys() else None
+        # Not every byte need have a token: some are in no text that is valid.
+        own = [token for token, index in vocab.items() if index not in added]
+        falls_back = any(_FALLBACK.fullmatch(token) for token in own)
+        spelled = of_char if not falls_back and set().union(*own) <= of_char.keys() else None
         self._bytes = {
             index: added[index].encode() if index in added else _bytes_of(token, spelled)
             for token, index in vocab.items()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
+from numbers import Integral, Real
 from typing import Any, cast
 
 import numpy as np
@@ -82,7 +83,8 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     def __post_init__(self) -> None:
-        """Raises UserError naming the field that is out of range."""
+        """Takes one string for `stop`, and a mapping for `logit_bias`. Raises UserError naming the field at fault."""
+        self._take_forms()
         sane_stop = len(self.stop) <= 16 and all(0 < len(text) <= 256 for text in self.stop)
         biased = {token for token, _ in self.logit_bias}
         sane_bias = len(biased) == len(self.logit_bias) <= MAX_BIASED and all(
@@ -105,6 +107,39 @@ class SamplingParams:
         for name, holds, mend in limits:
             if not holds:
                 raise UserError(f"{name}: {mend}, not {getattr(self, name)!r}.")
+
+    def _take_forms(self) -> None:
+        """Bring every field into its form. Raises UserError where it has another."""
+        forms: dict[str, Any] = {name: _whole(name, getattr(self, name)) for name in ("max_tokens", "top_k")}
+        forms |= {
+            name: _whole(name, value) for name in ("seed", "logprobs") if (value := getattr(self, name)) is not None
+        }
+        forms |= {name: _real(name, getattr(self, name)) for name in REALS}
+        stop: Any = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+            raise UserError(f"stop: must be a string or a list of strings, not {self.stop!r}.")
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias or ()
+        try:
+            pairs = tuple((_whole("logit_bias", token), _real("logit_bias", value)) for token, value in bias)
+        except (TypeError, ValueError):
+            raise UserError(f"logit_bias: must map token ids to numbers, not be {self.logit_bias!r}.") from None
+        for name, value in (forms | {"stop": tuple(stop), "logit_bias": pairs}).items():
+            object.__setattr__(self, name, value)
+
+
+REALS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name}: must be a whole number, not {value!r}.")
+    return int(value)
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{name}: must be a number, not {value!r}.")
+    return float(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +164,9 @@ class Prompt:
     def __post_init__(self) -> None:
         """Raises UserError for a number that no token can have. Does what takes long for a long context, so that the
         engine's thread need not."""
-        refusal = UserError("prompt: token ids must be one list of integers of at most 32 bits.")
+        refusal = UserError(
+            "prompt: must be token ids, one list of integers of at most 32 bits (or text, or messages)."
+        )
         try:
             given = np.asarray(self.token_ids)
         except (OverflowError, ValueError):

@@ -107,7 +107,7 @@ def test_errors_name_what_is_wrong(engine: Engine, files: tuple[Path, Path]) -> 
 
 @pytest.mark.parametrize("bad", [np.array([[5, 6], [7, 8]]), [1.5, 2.0], [[1], [2, 3]], [2**40], np.array(3)])
 def test_what_is_no_list_of_ids_ends_that_request_only(engine: Engine, bad: object) -> None:
-    with pytest.raises(UserError, match=r"^prompt: token ids must be one list of integers"):
+    with pytest.raises(UserError, match=r"^prompt: must be token ids, one list of integers"):
         engine.generate("plan", bad, **GREEDY)  # type: ignore[arg-type]  # that is the point
     assert engine.generate("plan", [5, 6, 7], **GREEDY).token_ids
 
@@ -147,3 +147,31 @@ def test_an_engine_that_nobody_holds_ends(files: tuple[Path, Path]) -> None:
     assert not thread.is_alive()
     gc.collect()
     assert runner() is None, "the model is held"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logprobs", True), ("logprobs", 1.5), ("max_tokens", 2.5), ("max_tokens", None), ("seed", 1.5), ("top_k", "3"),
+        ("temperature", None), ("temperature", "0"), ("presence_penalty", "1"), ("stop", [5]), ("logit_bias", [5]),
+        ("logit_bias", {"a": 1.0}),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_is_named_and_ends_that_request_only(engine: Engine, field: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^{field}: must"):
+        engine.generate("plan", [5, 6, 7], **{field: value})
+    assert engine.generate("plan", [5, 6, 7], **GREEDY).token_ids
+
+
+def test_fields_may_come_as_clients_write_them(engine: Engine) -> None:
+    ids = [5, 6, 7]
+    whole = engine.generate("plan", ids, salt="forms", **GREEDY)
+    word = whole.text[1:3]
+    for stop in (word, [word], (word,)):
+        assert engine.generate("plan", ids, salt="forms", stop=stop, **GREEDY).text == whole.text.split(word)[0]
+    assert engine.generate("plan", ids, stop=None, logit_bias=None, **GREEDY).token_ids
+    biased = engine.generate("plan", ids, logit_bias={9: 100}, **GREEDY).token_ids
+    assert biased == engine.generate("plan", ids, logit_bias=[(9, 100.0)], **GREEDY).token_ids
+    assert set(biased) == {9}
+    kinds = {"seed": np.uint64(5), "top_k": np.int32(4), "max_tokens": np.int64(6), "temperature": np.float32(0.5)}
+    assert engine.generate("plan", ids, **kinds).token_ids

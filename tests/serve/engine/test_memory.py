@@ -79,6 +79,9 @@ def test_a_cpu_gets_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> 
     free(1000)
     with pytest.raises(UserError, match="--max-tokens-in-cache"):
         slots(device=CPU)
+    with pytest.raises(UserError, match=r"^--max-tokens-in-cache: 77 tokens do not fit into the free memory; 0 would"):
+        slots(device=CPU, asked=77)
+    free(4 * GIB)
     assert slots(device=CPU, asked=77) == 77
 
 

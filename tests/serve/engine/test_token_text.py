@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tiny import SPECIAL_TOKENS, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lragent.serve.engine.token_text import TokenText
@@ -32,3 +32,16 @@ def test_a_vocabulary_of_characters_with_single_bytes() -> None:
     assert [said.bytes_of(token) for token in range(7)] == [
         b"<unk>", b"\xe2", b"\n", b" the", b" ", "Ġ".encode(), "é".encode(),
     ]  # fmt: skip
+
+
+def test_a_byte_level_vocabulary_without_a_token_for_every_byte() -> None:
+    """As SmolLM2's: no valid text has 0xC0 or 0xFF."""
+    vocab = {token: index for token, index in tiny_tokenizer().get_vocab().items() if token not in ("À", "ÿ")}
+    numbered = {token: at for at, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
+    tokenizer = Tokenizer(models.BPE(vocab=numbered, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    said = TokenText(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL_TOKENS))
+    )
+    ids = tokenizer.encode(" is é").ids
+    assert b"".join(said.bytes_of(token) for token in ids) == " is é".encode()
