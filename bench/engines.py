@@ -25,8 +25,7 @@ from lragent.errors import UserError
 from lragent.models import fingerprint, load_model, load_tokenizer, resolve_model
 from lragent.modes import SharingMode
 from lragent.pack import read_pack
-from lragent.serve.cache.pools import CacheShape
-from lragent.serve.engine.build import build_engine
+from lragent.serve.engine.build import build_engine, cache_shape, split_kinds
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import EngineDeadError
@@ -131,7 +130,7 @@ class MeasuredEngine:
         self.mode = mode
         adapters = base.roles(model, roles)
         self.role_names = adapters.role_names[:roles]
-        shape = _cache_shape(model, adapters, mode)
+        shape = cache_shape(model, adapters, split_kinds(adapters, mode))
         fitting = cache_room(base.device) // (shape.base_bytes(base.dtype) + shape.lr_bytes(base.dtype))
         if strict and fitting < options.slots:
             raise NoRoomError(f"a cache of {options.slots} tokens does not fit; {fitting} do.")
@@ -280,21 +279,3 @@ def _weight_bytes(model: nn.Module) -> int:
     """Of parameters and buffers, the roles' among them; what two names share is counted once."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())
-
-
-def _cache_shape(model: PreTrainedModel, adapters: AdapterSet, mode: SharingMode) -> CacheShape:
-    """What one token's cache holds in this mode."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    ranks = dict.fromkeys(("v_proj", "k_proj"), 0)
-    for path in adapters.module_paths if mode.decomposed else ():
-        kind = path.rpartition(".")[2]
-        if kind in ranks:
-            ranks[kind] = max(ranks[kind], adapters.rank(path))
-    return CacheShape(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        rank_v=ranks["v_proj"],
-        rank_k=ranks["k_proj"],
-    )

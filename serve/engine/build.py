@@ -131,11 +131,9 @@ def build_engine(
     debugging).
     """
     router = Router()
-    split: frozenset[str] = frozenset()
+    split = split_kinds(adapters, sharing)
     if adapters is not None:
         check_fits(model, adapters)
-        if sharing.decomposed:
-            split = frozenset(adapters.targets) & {"k_proj", "v_proj"}
         unsupported = unsupported_key_norm(model) if "k_proj" in split else None
         if unsupported is not None:
             raise UserError(
@@ -147,7 +145,7 @@ def build_engine(
         _warn_of_other_use(adapters, sharing, prefix_writer)
     if fused:
         fuse_layers(model, router, split)
-    shape = _cache_shape(model, adapters, split)
+    shape = cache_shape(model, adapters, split)
     place = next(model.parameters())
     device, dtype, on_gpu = place.device, place.dtype, place.device.type == "cuda"
     context = _max_context(model, max_model_len)
@@ -195,8 +193,9 @@ def build_engine(
     context = min(context, cache.longest)
     runner.attention = attention(slots)
     if on_gpu and graphs:
-        capture_graphs(runner, sequences, device)
-        plan_long_chunks(model, shape, budget, context, dtype, device)
+        with torch.cuda.device(device):  # streams and graphs are of the current one where nobody says
+            capture_graphs(runner, sequences, device)
+            plan_long_chunks(model, shape, budget, context, dtype, device)
     return Engine(
         runner=runner,
         scheduler=Scheduler(cache, sequences, budget, check=check_integrity),
@@ -265,7 +264,15 @@ def _warn_of_other_use(adapters: AdapterSet, sharing: SharingMode, prefix_writer
         logger.warning("This pack was trained with prefix_writer %s.", adapters.prefix_writer)
 
 
-def _cache_shape(model: PreTrainedModel, adapters: AdapterSet | None, split: frozenset[str]) -> CacheShape:
+def split_kinds(adapters: AdapterSet | None, sharing: SharingMode) -> frozenset[str]:
+    """The projections whose low-rank part is cached apart and applied by the reader."""
+    if adapters is None or not sharing.decomposed:
+        return frozenset()
+    return frozenset(adapters.targets) & {"k_proj", "v_proj"}
+
+
+def cache_shape(model: PreTrainedModel, adapters: AdapterSet | None, split: frozenset[str]) -> CacheShape:
+    """What one token's cache holds."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     ranks = dict.fromkeys(("v_proj", "k_proj"), 0)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from lragent.attention import attend_by_reader
 from lragent.kernels.attention import lora_attention
@@ -14,7 +13,7 @@ from lragent.rope import Rope, rotate
 from lragent.routing import Route
 from lragent.serve.cache.pools import CachePools
 from lragent.serve.cache.slots import Slots
-from lragent.serve.engine.new_states import NewStates, left_states
+from lragent.serve.engine.new_states import CachePass, NewStates
 from lragent.serve.engine.step import Ints, Step
 from lragent.serve.engine.step_tensors import StepTensors
 
@@ -54,35 +53,16 @@ class Writes:
 
 
 @dataclass(frozen=True)
-class CachedPass:
+class CachedPass(CachePass):
     """The attention of one step (see lragent.attention.AttentionPass)."""
 
     pools: CachePools
     pieces: tuple[CachedPiece, ...]
-    step: Step
+    base_from: int
     route: Route
     base_writes: Writes
     low_writes: Writes
     rope: Rope | None
-
-    @property
-    def base_from(self) -> int:
-        """See CachePass."""
-        return self.step.base_from
-
-    def attend(
-        self,
-        layer: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """See AttentionPass."""
-        new = left_states(layer, query, key, value, self.route)
-        return self.through_cache(int(layer.layer_idx), new, scale, window, softcap)  # type: ignore[arg-type]  # all have it
 
     def through_cache(
         self, index: int, new: NewStates, scale: float, window: int | None, softcap: float | None
@@ -178,7 +158,7 @@ class CachedAttention:
         return CachedPass(
             self.pools,
             tuple(pieces),
-            step,
+            step.base_from,
             route,
             Writes(as_rows(np.concatenate(rows), device), as_rows(np.concatenate(slots), device)),
             Writes(slice(0, at), as_rows(np.concatenate(low_slots), device)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from lragent.rope import rope_at, rotate
 from lragent.routing import Route, Router
 from lragent.serve.engine.fused_ends import FusedHead, FusedNorm
 from lragent.serve.engine.fused_layer import AttentionFacts, FusedLayer
-from lragent.serve.engine.new_states import NewStates, left_states
+from lragent.serve.engine.new_states import CachePass, NewStates
 from lragent.serve.engine.stacked import plain_linear
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _loud_roles(layer: nn.Module) -> Iterator[None]:
             module.up = up
 
 
-class _ToldPass:
+class _ToldPass(CachePass):
     """Notes what a layer tells attention, and answers with something that depends on all of it.
 
     Every token sees itself alone, and its keys are added to what it would read.
@@ -165,27 +165,11 @@ class _ToldPass:
         self.route = route
         self.facts: AttentionFacts | None = None
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """See AttentionPass."""
-        self.facts = AttentionFacts(scale, window, softcap)
-        return self._answer(left_states(layer, query, key, value, self.route))
-
     def through_cache(
         self, index: int, new: NewStates, scale: float, window: int | None, softcap: float | None
     ) -> torch.Tensor:
         """See CachePass."""
-        return self._answer(new)
-
-    def _answer(self, new: NewStates) -> torch.Tensor:
+        self.facts = AttentionFacts(scale, window, softcap)
         query, key, value = (states.transpose(0, 1) for states in (new.query, new.key, new.value))
         if new.rope is not None:
             query = rotate(query, new.rope)
@@ -196,6 +180,3 @@ class _ToldPass:
                 value = value + role_up(low, up, self.route.roles).view_as(states)
         group = query.shape[1] // key.shape[1]
         return query + (key + value).repeat_interleave(group, dim=1)
-
-
-__all__: Sequence[str] = ["fuse_layers", "reason_against"]

@@ -17,7 +17,7 @@ from lragent.key_norm import norm_eps
 from lragent.rope import Rope
 from lragent.routing import Route
 from lragent.serve.cache.pools import CachePools
-from lragent.serve.engine.new_states import NewStates, left_states
+from lragent.serve.engine.new_states import CachePass, NewStates
 from lragent.serve.engine.step import SHORT, Step
 from lragent.serve.engine.step_tensors import StepTensors
 from lragent.serve.engine.tables import SlotTables
@@ -39,7 +39,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class KernelPass:
+class KernelPass(CachePass):
     """The attention of one step (see CachePass).
 
     positions: [T] int32. base_slots, low_slots: [T] int32, where each new token's base and LR cache are written, -1
@@ -62,20 +62,6 @@ class KernelPass:
         default_factory=dict
     )
     """How the work is done and divided, by group and what may differ from layer to layer: window, soft cap, ranks."""
-
-    def attend(
-        self,
-        layer: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """See AttentionPass."""
-        new = left_states(layer, query, key, value, self.route)
-        return self.through_cache(int(layer.layer_idx), new, scale, window, softcap)  # type: ignore[arg-type]  # all have it
 
     def through_cache(
         self, index: int, new: NewStates, scale: float, window: int | None, softcap: float | None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
-from lragent.attention import AttentionPass, split_keys, split_projection
+from lragent.attention import split_keys, split_projection
 from lragent.rope import Rope
 from lragent.routing import Route
 
@@ -34,22 +34,35 @@ class NewStates:
     norm: nn.Module | None = None
 
 
-class CachePass(AttentionPass, Protocol):
-    """One step through the cache, seen from its attention layers.
+class CachePass(ABC):
+    """One step through the cache, seen from its attention layers: an AttentionPass.
 
-    base_from: rows of the step before this one have their base cache already: their keys and values are not wanted.
+    route: the roles of its tokens. base_from: rows of the step before this one have their base cache already: their
+    keys and values are not wanted.
     """
 
-    @property
-    def base_from(self) -> int:
-        """See the class."""
-        ...
+    route: Route
+    base_from: int
 
+    def attend(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """See AttentionPass."""
+        new = left_states(layer, query, key, value, self.route)
+        return self.through_cache(int(layer.layer_idx), new, scale, window, softcap)  # type: ignore[arg-type]  # all have it
+
+    @abstractmethod
     def through_cache(
         self, index: int, new: NewStates, scale: float, window: int | None, softcap: float | None
     ) -> torch.Tensor:
         """Write what is new of layer `index` to the cache, then read the whole context of each piece: [T, Hq, D]."""
-        ...
 
 
 def left_states(
