@@ -1,7 +1,8 @@
 """Examples into flat batches of at most so many tokens: no padding, several trajectories one after another."""
 
+import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,39 +63,39 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
 
 
 class TokenBatches:
-    """The batches of every epoch, fixed by the seed: each example once, each batch at most `tokens_per_batch` tokens.
-
-    An example longer than that is a batch of its own. Every rank plans the same batches and takes every `world`-th;
-    where they do not come out even, the first few are given again at the end, so that all ranks take as many steps.
+    """Endless batches in an order fixed by the seed: in every epoch each example once, in each batch at most
+    `tokens_per_batch` tokens. An example longer than that is a batch of its own.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], *, tokens_per_batch: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], *, tokens_per_batch: int, seed: int) -> None:
         if not examples:
             raise ValueError("there are no examples to make batches of")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not one of {world}")
         self._examples = examples
         self._lengths = [len(example) for example in examples]
         self._budget = tokens_per_batch
         self._seed = seed
-        self._rank = rank
-        self._world = world
+        self._ends: list[int] = []  # of the epochs met so far, counted in batches from the first
+        self._latest: tuple[int, list[list[int]]] | None = None
 
     def count(self, epoch: int) -> int:
-        """How many batches this rank gets in `epoch`; the same for all ranks."""
-        return -(-len(self._plan(epoch)) // self._world)
+        """How many batches `epoch` has."""
+        while len(self._ends) <= epoch:
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + len(self._plan(len(self._ends))))
+        return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
 
-    def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[PackedBatch]:
-        """Yield this rank's batches of `epoch`, without the first `skip`, which a resumed run has done already."""
+    def batch(self, number: int) -> PackedBatch:
+        """The batch `number`, counted from 0 over all epochs."""
+        while not self._ends or self._ends[-1] <= number:
+            self.count(len(self._ends))
+        epoch = bisect.bisect_right(self._ends, number)
         plan = self._plan(epoch)
-        for step in range(skip, self.count(epoch)):
-            at = (step * self._world + self._rank) % len(plan)
-            yield pack([self._examples[index] for index in plan[at]])
+        return pack([self._examples[at] for at in plan[number - (self._ends[epoch] - len(plan))]])
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Shuffle, then fill batch after batch in that order; no sorting, so the mixture of lengths is random."""
+        if self._latest is not None and self._latest[0] == epoch:
+            return self._latest[1]
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
         plan: list[list[int]] = []
         filled = 0
@@ -104,4 +105,5 @@ class TokenBatches:
                 filled = 0
             plan[-1].append(index)
             filled += self._lengths[index]
+        self._latest = epoch, plan
         return plan

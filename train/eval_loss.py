@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
-from lragent.train.objectives import RoleLoss, Task, loss_inputs
+from lragent.train.role_loss import RoleLoss, loss_inputs
+from lragent.train.tasks import Task
 
 EvalLosses = dict[str, dict[str, float]]
 """By how the batches were run (`shared`: one pass for all roles; `per_role`: each role alone), then by role: the mean

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.data import Example, load_examples
 from lragent.train.eval_loss import EvalLosses, eval_losses
 from lragent.train.export import PACK, PEFT, RunResult, adapter_set, export
-from lragent.train.objectives import RoleLoss, Task, Tasks, loss_inputs
+from lragent.train.role_loss import RoleLoss, loss_inputs
 from lragent.train.settings import TrainSettings
+from lragent.train.tasks import Task, Tasks
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 METRICS = "metrics.jsonl"
@@ -114,8 +114,7 @@ class _Run:
         self.settings, self.accelerator, self.built, self.log = settings, accelerator, built, log
         self.tasks = self._tasks(examples)
         self.held_out = self._tasks(held_out).one_epoch() if held_out else []
-        batches = self.tasks.count(settings.epochs)
-        self.steps = settings.max_steps or -(-batches // settings.gradient_accumulation)
+        self.steps = settings.max_steps or self.tasks.steps(settings.epochs)
         built.check()
         optimizer = torch.optim.AdamW(built.adapter_parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.loss, self.optimizer = accelerator.prepare(RoleLoss(built), optimizer)
@@ -125,9 +124,8 @@ class _Run:
             self.settings.objective,
             examples,
             tokens_per_batch=self.settings.tokens_per_batch,
+            batches_per_step=self.settings.gradient_accumulation * self.accelerator.num_processes,
             seed=self.settings.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
         )
 
     def run(self) -> RunResult:
@@ -136,13 +134,13 @@ class _Run:
         before = self._evaluate(step=0)
         clock = _Clock(self.settings.max_minutes, started) if self.settings.max_minutes else None
         rows: list[dict[str, Any]] = []
-        tasks = iter(self.tasks)
         self.loss.train()
         tokens = 0
         with _bar(self.accelerator) as bar:
             while len(rows) < self.steps and (progress := self._progress(len(rows), clock)) < 1:
                 step = len(rows) + 1
-                row = self._step(step, list(islice(tasks, self.settings.gradient_accumulation)), progress)
+                world, rank = self.accelerator.num_processes, self.accelerator.process_index
+                row = self._step(step, self.tasks.of_step(len(rows), rank=rank, world=world), progress)
                 row["seconds"] = round(time.monotonic() - started, 3)
                 rows.append(row)
                 self.log(row)
@@ -184,7 +182,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         counts = torch.zeros(2, len(self.built.roles) + 1, dtype=torch.float64, device=self.accelerator.device)
-        mine = [sum(task.targets for task in tasks), sum(task.batch.input_ids.numel() for task in tasks)]
+        mine = [sum(task.targets for task in tasks), sum(task.tokens for task in tasks)]
         targets, tokens = self.accelerator.reduce(torch.tensor(mine, device=self.accelerator.device)).tolist()
         for at, task in enumerate(tasks, start=1):
             batch = task.batch.to(self.accelerator.device)

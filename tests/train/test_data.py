@@ -236,11 +236,16 @@ def seen(batches: list[PackedBatch]) -> list[str]:
     return sorted(source for batch in batches for source in batch.sources)
 
 
+def epoch_of(batches: TokenBatches, epoch: int) -> list[PackedBatch]:
+    before = sum(batches.count(earlier) for earlier in range(epoch))
+    return [batches.batch(before + at) for at in range(batches.count(epoch))]
+
+
 @settings(deadline=None)
 @given(lengths, st.integers(1, 60), st.integers(0, 5), st.integers(0, 3))
 def test_every_example_once_an_epoch_within_the_budget(sizes: list[int], budget: int, seed: int, epoch: int) -> None:
     examples = [example_of(size, at) for at, size in enumerate(sizes)]
-    batches = list(TokenBatches(examples, tokens_per_batch=budget, seed=seed).epoch(epoch))
+    batches = epoch_of(TokenBatches(examples, tokens_per_batch=budget, seed=seed), epoch)
     assert seen(batches) == sorted(example.source for example in examples)
     for batch in batches:
         assert len(batch.input_ids) <= budget or len(batch.spans) == 1
@@ -248,29 +253,11 @@ def test_every_example_once_an_epoch_within_the_budget(sizes: list[int], budget:
         assert (batch.spans[0][0], batch.spans[-1][1]) == (0, len(batch.input_ids))
 
 
-@settings(deadline=None)
-@given(lengths, st.integers(1, 60), st.integers(1, 4), st.data())
-def test_ranks_share_out_the_batches_and_take_as_many_steps(
-    sizes: list[int], budget: int, world: int, data: st.DataObject
-) -> None:
-    examples = [example_of(size, at) for at, size in enumerate(sizes)]
-    alone = [batch.sources for batch in TokenBatches(examples, tokens_per_batch=budget, seed=3).epoch(1)]
-    ranks = [TokenBatches(examples, tokens_per_batch=budget, seed=3, rank=rank, world=world) for rank in range(world)]
-    shares = [[batch.sources for batch in rank.epoch(1)] for rank in ranks]
-    assert {len(share) for share in shares} == {ranks[0].count(1)}
-    dealt = [sources for step in zip(*shares, strict=True) for sources in step]
-    assert dealt[: len(alone)] == alone
-    assert set(dealt) == set(alone)
-    assert len(dealt) < len(alone) + world
-    skip = data.draw(st.integers(0, len(shares[0])))
-    assert [batch.sources for batch in ranks[0].epoch(1, skip=skip)] == shares[0][skip:]
-
-
 def test_the_order_is_fixed_by_seed_and_epoch() -> None:
     examples = [example_of(3, at) for at in range(30)]
 
     def order(seed: int, epoch: int) -> list[tuple[str, ...]]:
-        return [batch.sources for batch in TokenBatches(examples, tokens_per_batch=9, seed=seed).epoch(epoch)]
+        return [batch.sources for batch in epoch_of(TokenBatches(examples, tokens_per_batch=9, seed=seed), epoch)]
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
@@ -281,8 +268,6 @@ def test_the_order_is_fixed_by_seed_and_epoch() -> None:
 def test_misuse_of_batches_is_refused() -> None:
     with pytest.raises(ValueError, match="no examples"):
         TokenBatches([], tokens_per_batch=9, seed=0)
-    with pytest.raises(ValueError, match="rank 2 is not one of 2"):
-        TokenBatches([example_of(3)], tokens_per_batch=9, seed=0, rank=2, world=2)
 
 
 def test_a_message_of_weight_zero_is_spoken_but_not_learnt(tmp_path: Path) -> None:

@@ -1,89 +1,28 @@
-"""What is learnt: the loss of a flat batch, and which batches follow one another.
+"""The losses of a flat batch under its roles.
 
 `shared` trains as `base_lr_shared` serves: every position is processed once, by one role, and read by all, each reader
-through its own `B`. `per_role` trains as `non_shared` serves: each role alone over its context, every position its own.
-`mixed` takes batches of both in turn (LRAgent, arXiv 2602.01053, trains `per_role`).
+through its own `B`. `per_role` trains as `non_shared` serves: each role alone over its context, every position its own
+(LRAgent, arXiv 2602.01053, trains so).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lragent.adapter_set import Objective
 from lragent.attention import PackedPass
 from lragent.rope import rope_at
 from lragent.routing import Route
 from lragent.tied_lora import RoleModel
-from lragent.train.batches import PackedBatch, TokenBatches
-from lragent.train.data import NO_TARGET, Example, role_views
+from lragent.train.batches import PackedBatch
+from lragent.train.data import NO_TARGET
 
 FLOATS_AT_ONCE = 1 << 22
 """Logits (positions x vocabulary) that are held in float32 at one time: 16 MiB."""
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A batch, and whether it is one pass for all roles (`shared`) or a pass of each role alone (`per_role`)."""
-
-    batch: PackedBatch
-    one_pass: bool
-
-    @property
-    def targets(self) -> int:
-        """How many positions are learnt from."""
-        return int((self.batch.targets != NO_TARGET).sum())
-
-
-class Tasks:
-    """The batches of an objective, in the order of training; the seed fixes them."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        examples: Sequence[Example],
-        *,
-        tokens_per_batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        def batches(some: Sequence[Example]) -> TokenBatches:
-            return TokenBatches(some, tokens_per_batch=tokens_per_batch, seed=seed, rank=rank, world=world)
-
-        self._kinds: list[tuple[TokenBatches, bool]] = []
-        if objective != "per_role":
-            self._kinds.append((batches(examples), True))
-        if objective != "shared":
-            self._kinds.append((batches([view for example in examples for view in role_views(example)]), False))
-
-    def count(self, epochs: int) -> int:
-        """How many tasks `epochs` epochs have, an epoch being one of the first kind of batches."""
-        first, _ = self._kinds[0]
-        return len(self._kinds) * sum(first.count(epoch) for epoch in range(epochs))
-
-    def __iter__(self) -> Iterator[Task]:
-        """Endless; one of each kind in turn."""
-        streams = [(_endless(batches), one_pass) for batches, one_pass in self._kinds]
-        while True:
-            for stream, one_pass in streams:
-                yield Task(next(stream), one_pass)
-
-    def one_epoch(self) -> list[Task]:
-        """Every batch of every kind once: for evaluation."""
-        return [Task(batch, one_pass) for batches, one_pass in self._kinds for batch in batches.epoch(0)]
-
-
-def _endless(batches: TokenBatches) -> Iterator[PackedBatch]:
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1
 
 
 class RoleLoss(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ from tiny import make_adapter_set, tiny_model
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
 from lragent.tied_lora import RoleModel, build_role_model
-from lragent.train import objectives
+from lragent.train import role_loss
 from lragent.train.batches import pack
 from lragent.train.data import Example, role_views
-from lragent.train.objectives import RoleLoss, Tasks, loss_inputs
+from lragent.train.role_loss import RoleLoss, loss_inputs
 
 ROLES = ("plan", "action", "reflect")
 
@@ -103,10 +102,10 @@ def test_a_per_role_batch_is_pefts_own_loss() -> None:
 
 
 def test_losses_and_their_gradient_are_those_of_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "FLOATS_AT_ONCE", 120)  # three rows at a time
+    monkeypatch.setattr(role_loss, "FLOATS_AT_ONCE", 120)  # three rows at a time
     logits = (4 * torch.randn(10, 40)).requires_grad_()
     targets, weights = torch.randint(0, 40, (10,)), torch.rand(10)
-    losses = objectives._TokenLosses.apply(logits, targets)
+    losses = role_loss._TokenLosses.apply(logits, targets)
     (grad,) = torch.autograd.grad((losses * weights).sum(), logits)
     plain = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(losses, plain)
@@ -133,30 +132,3 @@ def test_a_role_without_a_token_in_the_batch_has_a_gradient_of_zero() -> None:
         assert all(grad is not None for grad in grads)
         assert grads[0].abs().max() > 0
         assert grads[1].abs().max() == 0
-
-
-def test_mixed_takes_batches_in_turn_and_one_epoch_is_every_trajectory_once() -> None:
-    examples = [example(seed, [0, 0, 1, 2, 3, 1], source=str(seed)) for seed in range(6)]
-    tasks = Tasks("mixed", examples, tokens_per_batch=12, seed=1)
-    assert tasks.count(2) == 2 * 2 * 3
-    some = list(islice(tasks, 6))
-    assert [task.one_pass for task in some] == [True, False] * 3
-    assert sorted(source for task in some if task.one_pass for source in task.batch.sources) == list("012345")
-    assert all(task.targets == int((task.batch.loss_roles > 0).sum()) for task in some)
-    assert Tasks("shared", examples, tokens_per_batch=12, seed=1).count(1) == 3
-    assert Tasks("per_role", examples, tokens_per_batch=12, seed=1).count(1) >= 9
-    held_out = tasks.one_epoch()
-    assert sum(task.one_pass for task in held_out) == 3
-    assert sum(task.targets for task in held_out if task.one_pass) == 24
-    assert sum(task.targets for task in held_out if not task.one_pass) == 24
-
-
-def test_the_seed_fixes_the_order() -> None:
-    examples = [example(seed, [0, 0, 1, 2], source=str(seed)) for seed in range(8)]
-
-    def order(seed: int) -> list[tuple[str, ...]]:
-        tasks = iter(Tasks("shared", examples, tokens_per_batch=8, seed=seed))
-        return [task.batch.sources for task in islice(tasks, 8)]
-
-    assert order(3) == order(3)
-    assert order(3) != order(4)
