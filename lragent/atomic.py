@@ -55,7 +55,7 @@ def new_folder(path: Path | str, *, keep_existing: bool = False) -> Iterator[Pat
     """
     path = Path(path)
     if not keep_existing:
-        _refuse_existing(path)
+        refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
@@ -78,7 +78,8 @@ def new_folder(path: Path | str, *, keep_existing: bool = False) -> Iterator[Pat
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
+    """Raise `UserError` unless `path` is free for a new folder: not there, or an empty folder."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():

@@ -43,24 +43,23 @@ class RunResult:
     eval_after: Mapping[str, Mapping[str, float]] | None
 
 
-def adapter_set(built: RoleModel, settings: TrainSettings, source: ModelSource) -> AdapterSet:
-    """The trained matrices, copied, unscaled. Raises LRAgentError where A is no longer the same for all roles."""
-    built.check()
+def adapter_set(
+    built: RoleModel, settings: TrainSettings, source: ModelSource, weights: Mapping[str, torch.Tensor]
+) -> AdapterSet:
+    """The trained matrices, unscaled. weights: whole, on the CPU, in float32, by the names of `named_adapters`."""
     return AdapterSet(
         base_model=source.name,
         base_fingerprint=source.fingerprint(),
         form="tied",
         targets=built.targets,
         roles=tuple(RoleSpec(name, built.alpha, built.rank, built.rslora) for name in built.roles),
-        shared_a={path: _copy(module.shared_a) for path, module in built.modules.items()},
-        role_b={path: torch.stack([_copy(b) for b in module.role_b]) for path, module in built.modules.items()},
+        shared_a={path: weights[f"{path}.shared_A"] for path in built.modules},
+        role_b={
+            path: torch.stack([weights[f"{path}.role_B.{role}"] for role in built.roles]) for path in built.modules
+        },
         objective=settings.objective,
         prefix_writer=settings.prefix_writer.value,
     )
-
-
-def _copy(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().to("cpu", torch.float32, copy=True)
 
 
 def export(adapters: AdapterSet, settings: TrainSettings, result: RunResult, folder: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,68 +15,94 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm import tqdm
 
-from lragent.atomic import new_folder
+from lragent.atomic import new_folder, refuse_existing
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import Renderer
 from lragent.config import dump_config
 from lragent.errors import UserError
-from lragent.models import load_model, load_tokenizer, resolve_model
+from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
 from lragent.tied_lora import RoleModel, build_role_model
+from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan
 from lragent.train.data import Example, load_examples
-from lragent.train.eval_loss import EvalLosses, eval_losses
+from lragent.train.distributed import Workers, check_engine, make_accelerator, make_workers
+from lragent.train.evaluation import EvalScores
 from lragent.train.export import PACK, PEFT, RunResult, adapter_set, export
-from lragent.train.role_loss import RoleLoss, loss_inputs
+from lragent.train.flops import ModelFlops
+from lragent.train.interrupt import Interrupt
+from lragent.train.phases import Phase, phases
+from lragent.train.role_loss import RoleLoss
+from lragent.train.run import Log, Past, PhaseRun
 from lragent.train.settings import TrainSettings
-from lragent.train.tasks import Task, Tasks
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 METRICS = "metrics.jsonl"
+PARTIAL = ".partial"
+"""At the end of the name of the folder beside `out` that holds a run while it lasts."""
 
-Log = Callable[[Mapping[str, Any]], None]
+FREE = ("data", "eval_data", "out", "model", "eval_every", "save_every", "keep", "tracking", "project", "max_minutes",
+        "compile", "recompute")  # fmt: skip
+"""Settings that may differ between a run and the one that goes on from its checkpoint: either they change no step, or
+what they name is compared by content."""
 
 
-def train(settings: TrainSettings) -> dict[str, Any] | None:
+def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | None:
     """Train, and write `settings.out`, which appears whole at the end or not at all.
 
-    Returns the run's summary (`RunResult`, and the paths), in the main process only. Raises UserError for settings,
-    data or models that cannot be used, and where a loss or gradient is not finite.
+    resume: go on from the newest whole checkpoint of an interrupted run, if there is one. Returns the run's summary
+    (`RunResult`, and the paths), in the main process only. Raises UserError for settings, data or models that cannot be
+    used, and where a loss or gradient is not finite; InterruptedRun where a signal ended it.
     """
-    accelerator = Accelerator()
-    folder = new_folder(settings.out) if accelerator.is_main_process else nullcontext(Path())
-    with folder as out:
-        set_seed(settings.seed)
-        source = resolve_model(settings.model)
-        renderer = Renderer(load_tokenizer(source))
-        examples = _load(settings.data, settings, renderer)
-        _check_roles(settings, examples)
-        held_out = _load(settings.eval_data, settings, renderer) if settings.eval_data else []
-
-        register_attention()
-        base = load_model(source, DTYPES[settings.dtype], accelerator.device, ATTENTION)
-        built = build_role_model(
-            base,
-            settings.roles,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            targets=settings.targets,
-            layers=settings.layers,
-            rslora=settings.rslora,
+    accelerator = make_accelerator()
+    _check(settings, accelerator)
+    partial = settings.out.with_name(settings.out.name + PARTIAL)
+    checkpoints = Checkpoints(partial, keep=settings.keep)
+    refuse_existing(settings.out)
+    if checkpoints.folders() and not resume:
+        raise UserError(
+            f"{partial} holds an interrupted run: go on with `--resume auto`, or remove that folder to begin anew."
         )
-        if settings.objective != "per_role":
-            built.split()  # refuses what cannot be trained so, before any work is done
-        with _metrics(settings, out, accelerator) as log:
-            result = _Run(settings, accelerator, built, examples, held_out, log).run()
+    set_seed(settings.seed)
+    source = resolve_model(settings.model)
+    renderer = Renderer(load_tokenizer(source))
+    examples = _load(settings.data, settings, renderer)
+    _check_roles(settings, examples)
+    held_out = _load(settings.eval_data, settings, renderer) if settings.eval_data else []
+    plan = _plan(settings, accelerator, source, examples, held_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if accelerator.is_main_process else "ignore")
+        checkpoint = checkpoints.newest() if resume else None
+    if checkpoint is not None:
+        check_plan(plan, checkpoint.progress.plan)
+    with _place(partial, accelerator), Interrupt().watched() as interrupt:
+        if accelerator.is_main_process:
+            checkpoints.sweep()
+        with _metrics(settings, partial, accelerator, checkpoint) as log:
+            run = _Training(settings, accelerator, source, examples, held_out, log, checkpoints, plan, interrupt)
+            result, built, weights = run.run(checkpoint)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            export(adapter_set(built, settings, source), settings, result, out)
+            with new_folder(settings.out) as out:
+                export(adapter_set(built, settings, source, weights), settings, result, out)
+                for path in partial.iterdir():
+                    if path not in checkpoints.folders():
+                        _copy(path, out / path.name)
+            shutil.rmtree(partial)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
     pack, peft = settings.out / PACK, settings.out / PEFT
     return asdict(result) | {"out": str(settings.out), "pack": str(pack), "peft": str(peft)}
+
+
+def _check(settings: TrainSettings, accelerator: Accelerator) -> None:
+    check_engine(accelerator, quantized=settings.quantize is not None)
+    world = accelerator.num_processes
+    if (settings.batches_per_step or world) % world:
+        raise UserError(
+            f"`batches_per_step` is {settings.batches_per_step}, which {world} processes cannot share out evenly; give "
+            f"a multiple of {world}."
+        )
 
 
 def _load(path: Path, settings: TrainSettings, renderer: Renderer) -> list[Example]:
@@ -99,155 +125,130 @@ def _check_roles(settings: TrainSettings, examples: Sequence[Example]) -> None:
             )
 
 
-class _Run:
-    """One run over loaded parts. `log` takes every row of metrics."""
+def _plan(
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    source: ModelSource,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+) -> dict[str, Any]:
+    """What the steps follow from: a run that is resumed must have the same."""
+    plan = {name: value for name, value in dump_config(settings).items() if name not in FREE}
+    return plan | {
+        "batches_per_step": settings.batches_per_step or accelerator.num_processes,
+        "model": source.fingerprint(),
+        "data": _digest(examples),
+        "eval_data": _digest(held_out),
+    }
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in (example.token_ids, example.authors, example.roles):
+            digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Training:
+    """All phases of a run."""
 
     def __init__(
         self,
         settings: TrainSettings,
         accelerator: Accelerator,
-        built: RoleModel,
+        source: ModelSource,
         examples: Sequence[Example],
         held_out: Sequence[Example],
         log: Log,
+        checkpoints: Checkpoints,
+        plan: Mapping[str, Any],
+        interrupt: Interrupt,
     ) -> None:
-        self.settings, self.accelerator, self.built, self.log = settings, accelerator, built, log
-        self.tasks = self._tasks(examples)
-        self.held_out = self._tasks(held_out).one_epoch() if held_out else []
-        self.steps = settings.max_steps or self.tasks.steps(settings.epochs)
-        built.check()
-        optimizer = torch.optim.AdamW(built.adapter_parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        self.loss, self.optimizer = accelerator.prepare(RoleLoss(built), optimizer)
+        self.settings, self.accelerator, self.source = settings, accelerator, source
+        self.examples, self.held_out = examples, held_out
+        self.log, self.checkpoints, self.plan, self.interrupt = log, checkpoints, plan, interrupt
 
-    def _tasks(self, examples: Sequence[Example]) -> Tasks:
-        return Tasks(
-            self.settings.objective,
-            examples,
-            tokens_per_batch=self.settings.tokens_per_batch,
-            batches_per_step=self.settings.gradient_accumulation * self.accelerator.num_processes,
-            seed=self.settings.seed,
-        )
-
-    def run(self) -> RunResult:
-        """All steps, with the evaluations before, between and after."""
-        started = time.monotonic()
-        before = self._evaluate(step=0)
-        clock = _Clock(self.settings.max_minutes, started) if self.settings.max_minutes else None
-        rows: list[dict[str, Any]] = []
-        self.loss.train()
-        tokens = 0
-        with _bar(self.accelerator) as bar:
-            while len(rows) < self.steps and (progress := self._progress(len(rows), clock)) < 1:
-                step = len(rows) + 1
-                world, rank = self.accelerator.num_processes, self.accelerator.process_index
-                row = self._step(step, self.tasks.of_step(len(rows), rank=rank, world=world), progress)
-                row["seconds"] = round(time.monotonic() - started, 3)
-                rows.append(row)
-                self.log(row)
-                tokens += row["tokens"]
-                bar.set_postfix_str(
-                    f"step {step}, loss {row['loss']:.3f}, {tokens / row['seconds']:.0f} tokens/s", False
-                )
-                bar.update(100 * progress - bar.n)
-                if self.settings.eval_every and step % self.settings.eval_every == 0 and step < self.steps:
-                    self._evaluate(step)
-            bar.update(100 - bar.n)
-        after = self._evaluate(step=len(rows))
-        first, last = _ends(rows)
-        return RunResult(
-            steps=len(rows),
-            tokens=tokens,
-            targets=sum(row["targets"] for row in rows),
-            seconds=round(time.monotonic() - started, 3),
-            train_loss_first=first,
-            train_loss_last=last,
-            eval_before=before,
-            eval_after=after,
-        )
-
-    def _progress(self, done: int, clock: _Clock | None) -> float:
-        """Share of the run that is behind us, the same on every process: by steps, or by time where that is further.
-
-        Counted in the middle of the coming step, so that neither the first nor the last has a learning rate of zero.
-        """
-        progress = (done + 0.5) / self.steps
-        if clock is not None and done > 0:  # one step is always taken, so that there is something to save
-            elapsed = torch.tensor([clock.share()], device=self.accelerator.device)
-            progress = max(progress, self.accelerator.gather(elapsed).max().item())
-        return progress
-
-    def _step(self, number: int, tasks: Sequence[Task], progress: float) -> dict[str, Any]:
-        """One optimizer step over all `tasks`, the mean of the losses over all their targets. Returns its metrics."""
-        rate = learning_rate(progress, self.settings.lr, self.settings.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        counts = torch.zeros(2, len(self.built.roles) + 1, dtype=torch.float64, device=self.accelerator.device)
-        mine = [sum(task.targets for task in tasks), sum(task.tokens for task in tasks)]
-        targets, tokens = self.accelerator.reduce(torch.tensor(mine, device=self.accelerator.device)).tolist()
-        for at, task in enumerate(tasks, start=1):
-            batch = task.batch.to(self.accelerator.device)
-            # Gradients travel between processes once, with the last batch; they are averaged there, hence the factor.
-            with nullcontext() if at == len(tasks) else self.accelerator.no_sync(self.loss):
-                sums = self.loss(**loss_inputs(batch, task.one_pass))
-                self.accelerator.backward(sums.sum() * self.accelerator.num_processes / targets)
-            counts[0] += sums.detach()
-            counts[1] += batch.loss_roles.bincount(minlength=counts.shape[1])
-        counts = self.accelerator.reduce(counts)
-        mean = counts[0].sum().item() / targets
-        limit = self.settings.clip if self.settings.clip is not None else math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.built.adapter_parameters(), limit))
-        if not math.isfinite(mean) or not math.isfinite(norm):
-            what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
-            rows = ", ".join(source for task in tasks for source in task.batch.sources)
-            raise UserError(
-                f"step {number}: {what} (learning rate {rate:.3g}, rows {rows}); nothing was saved: lower `lr` or look "
-                "at these rows."
+    def run(self, checkpoint: Checkpoint | None) -> tuple[RunResult, RoleModel, dict[str, torch.Tensor]]:
+        """Everything that is left. Returns also the last phase's model, and all adapters, whole."""
+        past, begin, weights, eval_after = _past(checkpoint), 0, None, None
+        todo = phases(self.settings)
+        if checkpoint is not None:
+            begin = checkpoint.progress.phase
+        for phase in todo[begin:]:
+            built, workers, flops = self._build(phase)
+            if checkpoint is not None and phase.number == begin:
+                workers.load(checkpoint.state, checkpoint.progress.step)
+            elif weights is not None:
+                workers.load(weights, None)
+            run = PhaseRun(
+                self.settings,
+                phase,
+                self.accelerator,
+                workers,
+                self.examples,
+                self.held_out,
+                log=self.log,
+                past=past,
+                checkpoints=self.checkpoints,
+                plan=self.plan,
+                interrupt=self.interrupt,
+                flops=flops,
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        by_role = {
-            f"loss_{role}": loss / n
-            for role, loss, n in zip(self.built.roles, *counts[:, 1:].tolist(), strict=True)
-            if n
-        }
-        return {
-            "step": number,
-            "loss": mean,
-            "lr": rate,
-            "grad_norm": norm,
-            "tokens": tokens,
-            "targets": targets,
-        } | by_role
+            run.run()
+            if phase is todo[-1]:
+                eval_after = run.evaluate_at_end()
+            weights = workers.weights()
+            past.step, past.spent = 0, 0.0
+            self.accelerator.free_memory()
+        assert weights is not None
+        return _result(past, eval_after), built, weights
 
-    def _evaluate(self, step: int) -> EvalLosses | None:
-        if not self.held_out:
-            return None
-        losses = eval_losses(self.loss, self.held_out, self.built.roles, self.accelerator)
-        self.log({"step": step, "eval": losses})
-        return losses
-
-
-class _Clock:
-    """How much of the time for steps is used up, of the `minutes` in all, which began at `started`.
-
-    Made when the first evaluation has ended: the last one will take as long, and steps get the time between.
-    """
-
-    def __init__(self, minutes: float, started: float) -> None:
-        self._begin = time.monotonic()
-        evaluation = self._begin - started
-        self._seconds = max(1e-9, 60 * minutes - 2 * evaluation)
-
-    def share(self) -> float:
-        """0 at the first step, 1 when the time is up."""
-        return (time.monotonic() - self._begin) / self._seconds
+    def _build(self, phase: Phase) -> tuple[RoleModel, Workers, ModelFlops]:
+        settings = self.settings
+        register_attention()
+        set_seed(settings.seed)
+        base = load_model(self.source, DTYPES[settings.dtype], self.accelerator.device, ATTENTION)
+        flops = ModelFlops(base)
+        built = build_role_model(
+            base,
+            settings.roles,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            targets=settings.targets,
+            layers=settings.layers,
+            rslora=settings.rslora,
+        )
+        if settings.objective != "per_role":
+            built.split()  # refuses what cannot be trained so, before any work is done
+        workers = make_workers(
+            self.accelerator, built, RoleLoss(built), lr=settings.lr, decay=settings.weight_decay, clip=settings.clip
+        )
+        return built, workers, flops
 
 
-def learning_rate(progress: float, peak: float, warmup: float) -> float:
-    """Linear up to `peak` over the first `warmup` of the run, then along a cosine to zero. progress: 0..1."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+def _past(checkpoint: Checkpoint | None) -> Past:
+    if checkpoint is None:
+        return Past()
+    progress = checkpoint.progress
+    before = None if progress.eval_before is None else EvalScores(**progress.eval_before)
+    return Past(progress.step, progress.done, *progress.spent, before, [dict(row) for row in checkpoint.rows])
+
+
+def _result(past: Past, eval_after: EvalScores | None) -> RunResult:
+    steps = [row for row in past.rows if "loss" in row]
+    first, last = _ends(steps)
+    return RunResult(
+        steps=len(steps),
+        tokens=sum(row["tokens"] for row in steps),
+        targets=sum(row["targets"] for row in steps),
+        seconds=round(past.seconds, 3),
+        train_loss_first=first,
+        train_loss_last=last,
+        eval_before=None if past.eval_before is None else past.eval_before.losses,
+        eval_after=None if eval_after is None else eval_after.losses,
+    )
 
 
 def _ends(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -261,15 +262,40 @@ def _ends(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 @contextmanager
-def _metrics(settings: TrainSettings, out: Path, accelerator: Accelerator) -> Iterator[Log]:
+def _place(partial: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The folder of an unfinished run. Where it fails without a checkpoint, nothing is left of it."""
+    if accelerator.is_main_process:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {partial}: {error.strerror}") from error
+    accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process and partial.is_dir() and not Checkpoints(partial, keep=1).folders():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy(path: Path, to: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, to, symlinks=False)
+    else:
+        shutil.copy2(path, to)
+
+
+@contextmanager
+def _metrics(
+    settings: TrainSettings, partial: Path, accelerator: Accelerator, checkpoint: Checkpoint | None
+) -> Iterator[Log]:
     """What takes every row of metrics: a line in `metrics.jsonl` and, if asked for, wandb. Only in the main process."""
     if not accelerator.is_main_process:
         yield lambda row: None
         return
-    tracker = _wandb(settings, out) if settings.tracking == "wandb" else None
+    tracker = _wandb(settings, partial) if settings.tracking == "wandb" else None
     failed = True
     try:
-        with (out / METRICS).open("w", encoding="utf-8") as file:
+        with (partial / METRICS).open("w", encoding="utf-8") as file:
 
             def log(row: Mapping[str, Any]) -> None:
                 file.write(json.dumps(row) + "\n")
@@ -277,6 +303,8 @@ def _metrics(settings: TrainSettings, out: Path, accelerator: Accelerator) -> It
                 if tracker is not None:
                     tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
+            for row in checkpoint.rows if checkpoint is not None else ():
+                log(row)
             yield log
         failed = False
     finally:
@@ -292,15 +320,4 @@ def _wandb(settings: TrainSettings, out: Path) -> Any:
     # Its files lie in the output folder, which is renamed at the end: a link would lead nowhere then.
     return wandb.init(
         project=settings.project, config=dump_config(settings), dir=str(out), settings=wandb.Settings(symlink=False)
-    )
-
-
-def _bar(accelerator: Accelerator) -> tqdm:
-    return tqdm(
-        total=100.0,
-        desc="training",
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}",
-        disable=not accelerator.is_main_process,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        file=sys.stderr,
     )

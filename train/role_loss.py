@@ -44,7 +44,8 @@ class RoleLoss(nn.Module):
         loss_roles: torch.Tensor,
         spans: Sequence[tuple[int, int]],
         one_pass: bool,
-    ) -> torch.Tensor:
+        judge: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """All tensors [T], as in `PackedBatch`. Returns [n_roles + 1] float32, the sum of the losses that each role
         authored the targets of (nobody's, at index 0, is zero).
 
@@ -64,7 +65,12 @@ class RoleLoss(nn.Module):
                 logits_to_keep=counted,
             ).logits[0]
         losses = _TokenLosses.apply(logits, targets[counted])
-        return losses.new_zeros(len(self._built.roles) + 1).index_add(0, loss_roles[counted], losses)
+        sums = losses.new_zeros(len(self._built.roles) + 1).index_add(0, loss_roles[counted], losses)
+        if not judge:
+            return sums
+        right = torch.ones_like(targets, dtype=torch.bool)
+        right[counted] = logits.argmax(-1) == targets[counted]
+        return sums, right
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -6,7 +6,7 @@ trajectories, one pass for all roles; `per_role` gives each role's view of them;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lragent.adapter_set import Objective
@@ -45,8 +45,9 @@ class Tasks:
         tokens_per_batch: int,
         batches_per_step: int,
         seed: int,
+        roles: Collection[int] | None = None,
     ) -> None:
-        """batches_per_step: over all processes."""
+        """batches_per_step: over all processes. roles: whose views `per_role` takes, None = all."""
 
         def batches(some: Sequence[Example]) -> TokenBatches:
             return TokenBatches(some, tokens_per_batch=tokens_per_batch, seed=seed)
@@ -56,7 +57,7 @@ class Tasks:
         if objective != "per_role":
             self._kinds.append((batches(examples), True))
         if objective != "shared":
-            self._kinds.append((batches([view for example in examples for view in role_views(example)]), False))
+            self._kinds.append((batches(_views(examples, roles)), False))
 
     def steps(self, epochs: int) -> int:
         """How many optimizer steps `epochs` epochs take, an epoch being one of the first kind of batches."""
@@ -84,3 +85,8 @@ class Tasks:
         return [
             Task(batches.batch(at), one_pass, at) for batches, one_pass in self._kinds for at in range(batches.count(0))
         ]
+
+
+def _views(examples: Sequence[Example], roles: Collection[int] | None) -> list[Example]:
+    views = [view for example in examples for view in role_views(example)]
+    return views if roles is None else [view for view in views if int(view.roles[0]) in roles]

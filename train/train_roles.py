@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns 0, or 2 after one sentence on what the user can mend."""
+    """Train as the command line says.
+
+    Returns 0, 2 after one sentence on what the user can mend, or 128 and the number of the signal that ended the run.
+    """
     from lragent.config import load_config
     from lragent.errors import UserError
 
@@ -22,15 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/roles/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
+    parser.add_argument(
+        "--resume",
+        choices=["auto"],
+        help="go on from the newest whole checkpoint of an interrupted run, if there is one",
+    )
     args = parser.parse_args(argv)
+    from lragent.train.interrupt import InterruptedRun
+
     try:
         from lragent.train.loop import train
         from lragent.train.settings import TrainSettings
 
-        summary = train(load_config(TrainSettings, args.config, args.overrides))
+        summary = train(load_config(TrainSettings, args.config, args.overrides), resume=args.resume == "auto")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except InterruptedRun as interrupted:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.number
     if summary is not None:
         print(json.dumps(summary), flush=True)
     return 0

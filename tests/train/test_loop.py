@@ -15,9 +15,10 @@ from tiny import save_tiny
 from lragent.errors import UserError
 from lragent.models import load_model
 from lragent.pack import read_pack
-from lragent.train import loop
+from lragent.train import loop, run, schedule
 from lragent.train.export import RunResult
-from lragent.train.loop import learning_rate, train
+from lragent.train.loop import train
+from lragent.train.schedule import learning_rate
 from lragent.train.settings import TrainSettings
 from lragent.train.train_roles import main
 
@@ -109,7 +110,7 @@ def test_accumulated_batches_are_one_big_batch(data: Path, model: Path) -> None:
     """Batches of unequal numbers of targets, so that a mean of means would differ."""
     big = train(settings(data, model, "big", objective="shared", max_steps=2, tokens_per_batch=10_000))
     small = train(
-        settings(data, model, "small", objective="shared", max_steps=2, tokens_per_batch=1, gradient_accumulation=8)
+        settings(data, model, "small", objective="shared", max_steps=2, tokens_per_batch=1, batches_per_step=8)
     )
     assert big is not None
     assert small is not None
@@ -130,10 +131,11 @@ def test_the_clock_ends_a_run_with_the_learning_rate_down(
 
         @classmethod
         def monotonic(cls) -> float:
-            cls.now += 1.0
+            cls.now += 0.3
             return cls.now
 
-    monkeypatch.setattr(loop, "time", Clock)
+    for module in (run, schedule):
+        monkeypatch.setattr(module, "time", Clock)
     summary = train(settings(data, model, max_steps=1000, max_minutes=0.5))
     assert summary is not None
     assert 5 < summary["steps"] < 30
