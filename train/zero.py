@@ -24,6 +24,7 @@ class ZeroWorkers(Workers):
         config["train_micro_batch_size_per_gpu"] = 1  # a batch is one row; what it holds is ours to say
         config["gradient_accumulation_steps"] = 1  # `last` says where a step ends
         config["gradient_clipping"] = self.clip or 0.0
+        config.setdefault("zero_force_ds_cpu_optimizer", False)  # the adapters are small, and its own needs a compiler
         if plugin.zero_stage == 3:
             from deepspeed.utils import set_z3_leaf_modules
 

@@ -1,0 +1,63 @@
+"""What `test_launch.py` launches in several processes: a run, an interrupted one, and one that goes on from it.
+
+Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: `whole/` and
+`resumed/`, two output folders.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lragent.train import run
+from lragent.train.interrupt import InterruptedRun
+from lragent.train.loop import train
+from lragent.train.settings import TrainSettings
+
+STEPS, STOP = 5, 3
+
+
+def settings(given: Path, out: Path, **more: object) -> TrainSettings:
+    plain: dict[str, object] = {
+        "data": given / "train.jsonl", "eval_data": given / "eval.jsonl", "model": str(given / "tiny"),
+        "dtype": "float32", "rank": 4, "alpha": 8, "dropout": 0.1, "lr": 1e-2, "max_steps": STEPS, "save_every": 2,
+        "tokens_per_batch": 60, "batches_per_step": 4,
+    }  # fmt: skip
+    return TrainSettings(out=out, **(plain | more))  # type: ignore[arg-type]
+
+
+def interrupt_after(steps: int) -> None:
+    """Send this process what a cluster sends when it takes a machine back, once `steps` steps are done."""
+    step = run.PhaseRun._step
+
+    def stepped(self: run.PhaseRun, *args: object) -> dict[str, object]:
+        row = step(self, *args)  # type: ignore[arg-type]
+        if row["step"] == steps and self.accelerator.is_main_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    run.PhaseRun._step = stepped  # type: ignore[method-assign,assignment]
+
+
+def main() -> None:
+    given, out = Path(sys.argv[1]), Path(sys.argv[2])
+    train(settings(given, out / "whole"))
+    before = run.PhaseRun._step
+    interrupt_after(STOP)
+    try:
+        train(settings(given, out / "resumed"))
+        raise AssertionError("nothing interrupted the run")
+    except InterruptedRun:
+        pass
+    run.PhaseRun._step = before  # type: ignore[method-assign]
+    train(settings(given, out / "resumed"), resume=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Every engine for real: two processes on a CPU by accelerate's launcher, from each config in configs/accelerate/.
+
+The loss after every step, and the pack, must be those of one process; an interrupted run that goes on must give the
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launched import STEPS, settings
+from test_loop import rows
+from tiny import save_tiny
+
+from lragent.pack import read_pack
+from lragent.train.loop import train
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "accelerate"
+
+
+def engines() -> list[str]:
+    """One config of each kind: those for other numbers of GPUs say the same otherwise."""
+    found: dict[str, str] = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        config = yaml.safe_load(path.read_text())
+        if config.pop("num_processes") > 1:
+            found.setdefault(json.dumps(config, sort_keys=True), path.name)
+    return sorted(found.values())
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, data, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("given")
+    save_tiny(folder / "tiny")
+    for name, count in (("train", 9), ("eval", 3)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    train(settings(folder, folder / "alone"))
+    return folder
+
+
+def launch(config: str, given: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """As a user would, but on a CPU and with two processes."""
+    changed = yaml.safe_load((CONFIGS / config).read_text()) | {"num_processes": 2, "use_cpu": True}
+    mine = out / "accelerate.yaml"
+    mine.write_text(yaml.safe_dump(changed))
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(mine)]
+    command += ["--main_process_port", "0", str(ROOT / "tests" / "train" / "launched.py"), str(given), str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def evaluations(out: Path) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "eval" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", engines())
+def test_two_processes_learn_what_one_does_and_go_on_after_an_interruption(
+    config: str, given: Path, tmp_path: Path
+) -> None:
+    done = launch(config, given, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = steps(given / "alone")
+    assert len(alone) == STEPS
+    for name in ("whole", "resumed"):
+        mine = steps(tmp_path / name)
+        assert [row["step"] for row in mine] == [row["step"] for row in alone]
+        for one, other in zip(mine, alone, strict=True):
+            assert (one["tokens"], one["targets"]) == (other["tokens"], other["targets"])
+            for part in ("loss", "grad_norm", "loss_plan", "loss_action", "loss_reflect"):
+                assert one[part] == pytest.approx(other[part], rel=2e-4), f"{name}, step {one['step']}, {part}"
+        first, last = evaluations(tmp_path / name)
+        for one, other in zip((first, last), evaluations(given / "alone"), strict=True):
+            assert one["eval"]["shared"]["all"] == pytest.approx(other["eval"]["shared"]["all"], rel=2e-4)
+            assert one["eval_accuracy"] == other["eval_accuracy"]
+        got, want = read_pack(tmp_path / name / "pack.safetensors"), read_pack(given / "alone" / "pack.safetensors")
+        for path in want.module_paths:
+            torch.testing.assert_close(got.shared_a[path], want.shared_a[path], atol=2e-4, rtol=2e-3)
+            torch.testing.assert_close(got.role_b[path], want.role_b[path], atol=2e-4, rtol=2e-3)
+        assert not (tmp_path / f"{name}.partial").exists()
