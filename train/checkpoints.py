@@ -75,8 +75,10 @@ class Checkpoints:
         Whatever happens, checkpoints that were there before stay readable.
         """
         folder = self.place / f"step-{checkpoint.progress.done:08d}"
-        if folder.is_dir():  # of a run that was resumed from an earlier one, after this one had been damaged
-            shutil.rmtree(folder)
+        if folder.is_dir():  # of the run that this one goes on from
+            if _whole(folder):  # equal plans give equal checkpoints
+                return folder
+            self._remove(folder)
         with new_folder(folder) as temporary:
             safetensors.torch.save_file(dict(checkpoint.state), temporary / STATE)
             facts = {"version": VERSION, **dataclasses.asdict(checkpoint.progress)}
@@ -86,8 +88,15 @@ class Checkpoints:
             digests = {name: _digest(temporary / name) for name in (STATE, RUN, ROWS)}
             (temporary / MARKER).write_text(json.dumps(digests), encoding="utf-8")
         for old in self.folders()[self._keep :]:
-            shutil.rmtree(old)
+            self._remove(old)
         return folder
+
+    def _remove(self, folder: Path) -> None:
+        """Take a checkpoint away by its name first, so that none is ever seen half removed."""
+        aside = folder.with_name(f"{TEMPORARY_PREFIX}old-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        shutil.rmtree(aside)
 
     def folders(self) -> list[Path]:
         """All checkpoints, newest first, good or not."""
@@ -96,12 +105,18 @@ class Checkpoints:
         return sorted((path for path in self.place.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest that is whole; those that are not are passed over with a CheckpointWarning. None without any."""
-        for folder in self.folders():
+        """The newest that is whole; those that are not are passed over with a CheckpointWarning.
+
+        None where there are none at all; raises UserError where there are some and none is whole.
+        """
+        folders = self.folders()
+        for folder in folders:
             try:
                 return read_checkpoint(folder)
             except UserError as error:
                 warnings.warn(f"{error}; the one before it is taken", CheckpointWarning, stacklevel=2)
+        if folders:
+            raise UserError(f"no checkpoint in {self.place} is whole; remove that folder to begin anew")
         return None
 
     def sweep(self) -> None:
@@ -126,6 +141,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(progress, safetensors.torch.load_file(folder / STATE), rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise UserError(f"the checkpoint {folder} is not whole ({type(error).__name__})") from error
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        read_checkpoint(folder)
+    except UserError:
+        return False
+    return True
 
 
 def check_plan(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
