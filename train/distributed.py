@@ -49,7 +49,8 @@ def make_accelerator() -> Accelerator:
     accelerator = Accelerator(cpu=True)
     if _asked("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        # The one is copied from the other whenever accelerate looks at it.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     return accelerator
 
 

@@ -1,7 +1,7 @@
-"""What `test_launch.py` launches in several processes: a run, an interrupted one, and one that goes on from it.
+"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and one of two phases.
 
-Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: `whole/` and
-`resumed/`, two output folders.
+Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: the output folders
+`whole/`, `resumed/` and `sequential/`. The last line of output is the engine's name.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 
 from lragent.train import run
+from lragent.train.distributed import engine_name
 from lragent.train.interrupt import InterruptedRun
 from lragent.train.loop import train
 from lragent.train.settings import TrainSettings
 
 STEPS, STOP = 5, 3
+SEQUENTIAL = {"objective": "per_role", "tying": "sequential", "max_steps": 2}
 
 
 def settings(given: Path, out: Path, **more: object) -> TrainSettings:
@@ -55,6 +58,9 @@ def main() -> None:
         pass
     run.PhaseRun._step = before  # type: ignore[method-assign]
     train(settings(given, out / "resumed"), resume=True)
+    train(settings(given, out / "sequential", **SEQUENTIAL))
+    if PartialState().is_main_process:
+        print(engine_name(Accelerator()), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
