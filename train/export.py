@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lragent.adapter_set import AdapterSet, RoleSpec
+from lragent.adapter_set import AdapterSet
 from lragent.config import dump_config
 from lragent.models import ModelSource
 from lragent.pack import write_pack
@@ -52,7 +52,7 @@ def adapter_set(
         base_fingerprint=source.fingerprint(),
         form="tied",
         targets=built.targets,
-        roles=tuple(RoleSpec(name, built.alpha, built.rank, built.rslora) for name in built.roles),
+        roles=built.specs,
         shared_a={path: weights[f"{path}.shared_A"] for path in built.modules},
         role_b={
             path: torch.stack([weights[f"{path}.role_B.{role}"] for role in built.roles]) for path in built.modules

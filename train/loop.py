@@ -219,7 +219,9 @@ class _Training:
             targets=settings.targets,
             layers=settings.layers,
             rslora=settings.rslora,
+            a_init=settings.a_init,
         )
+        built.learn(a=phase.learns_a, roles=phase.roles)
         if settings.objective != "per_role":
             built.split()  # refuses what cannot be trained so, before any work is done
         workers = make_workers(

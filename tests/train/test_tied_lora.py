@@ -15,7 +15,8 @@ from lragent.attention import ATTENTION, PackedPass, register_attention
 from lragent.errors import LRAgentError, UserError
 from lragent.rope import rope_at
 from lragent.routing import Route
-from lragent.tied_lora import RoleModel, TiedLoraLinear, build_role_model
+from lragent.stacking import stack
+from lragent.tied_lora import RoleModel, TiedLoraLinear, build_role_model, role_model_from
 
 ROLES = ("plan", "action", "reflect")
 each_family = pytest.mark.parametrize("family", ["llama", "qwen3"])  # the latter normalises keys after projection
@@ -152,7 +153,7 @@ def test_gradients_equal_finite_differences(family: str, targets: tuple[str, ...
         if path.endswith("norm"):  # transformers' own norm computes in float32
             built.model.set_submodule(path, nn.RMSNorm(len(module.weight), eps=module.variance_epsilon))
     built.model.double()
-    built.unfreeze()
+    built.learn()
     ids, roles = some_ids(14), [0] * 3 + [1] * 4 + [2] * 4 + [3] * 3
     chosen = torch.randn(300, dtype=torch.float64)
 
@@ -201,13 +202,83 @@ def test_a_is_one_parameter_and_peft_cannot_freeze_it_unseen() -> None:
     assert len(built.adapter_parameters()) == len(names)
     assert all(isinstance(module, TiedLoraLinear) for module in built.modules.values())
     built.model.set_adapter("action")
-    with pytest.raises(LRAgentError, match="unfreeze"):
+    with pytest.raises(LRAgentError, match=r"learn\(\)"):
         built.check()
-    built.unfreeze()
+    built.learn()
     module = built.modules["model.layers.1.self_attn.v_proj"]
     module.lora_A["action"] = nn.Linear(64, 4, bias=False).requires_grad_(True)
     with pytest.raises(LRAgentError, match="no longer tied"):
         built.check()
+
+
+def learning(built: RoleModel) -> set[str]:
+    """Names by what is said of them: A, or the role of a B."""
+    names = [name for name, parameter in built.model.named_parameters() if parameter.requires_grad]
+    return {"A" if ".lora_A." in name else name.split(".lora_B.")[1].split(".")[0] for name in names}
+
+
+def test_what_learns_is_what_was_said() -> None:
+    built = build_role_model(tiny_model(), ROLES, rank=4, alpha=8)
+    assert learning(built) == {"A", *ROLES}
+    built.learn(a=True, roles=["plan"])
+    assert learning(built) == {"A", "plan"}
+    built.learn(a=False, roles=["action", "reflect"])
+    assert learning(built) == {"action", "reflect"}
+    built.modules["model.layers.0.self_attn.q_proj"].shared_a.requires_grad_(True)
+    with pytest.raises(LRAgentError, match=r"learns: call `learn\(\)`"):
+        built.check()
+
+
+def test_roles_of_any_rank_and_scaling_are_trained_on_as_they_are() -> None:
+    """Three adapters of different ranks, alphas and modules, stacked: ranks differ by module then."""
+    singles = [
+        make_adapter_set(tiny_model(), [role], rank, targets, seed=rank)
+        for role, rank, targets in (
+            ("plan", 2, ("q_proj", "v_proj")),
+            ("action", 5, ("v_proj",)),
+            ("reflect", 3, ("q_proj", "k_proj", "v_proj")),
+        )
+    ]
+    stacked = stack(singles)
+    built = role_model_from(_attending(tiny_model()), stacked)
+    assert [spec.name for spec in built.specs] == list(ROLES)
+    ids = some_ids(16)
+    roles = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 1, 1, 2, 2, 2, 3]
+    with torch.no_grad():
+        got = one_pass(built, ids, roles, built.split())
+        alone = one_pass(built, ids, [2] * 16, frozenset())
+    want = reference_logits(tiny_model(), stacked, ids, roles, "base_lr_shared")
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        alone, reference_logits(tiny_model(), singles[1], ids, [1] * 16, "non_shared"), atol=2e-5, rtol=1e-5
+    )
+
+
+def _attending(model: nn.Module) -> nn.Module:
+    register_attention()
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def test_adapters_of_another_shape_are_refused() -> None:
+    adapters = make_adapter_set(tiny_model(), ROLES)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        role_model_from(tiny_model(hidden_size=32), adapters)
+
+
+@pytest.mark.parametrize("target", ["v_proj", "down_proj"])
+def test_a_may_start_along_the_strongest_directions(target: str) -> None:
+    torch.manual_seed(0)
+    plain = build_role_model(tiny_model(), ROLES, rank=3, alpha=4, targets=(target,))
+    torch.manual_seed(0)
+    built = build_role_model(tiny_model(), ROLES, rank=3, alpha=4, targets=(target,), a_init="svd")
+    for path, module in built.modules.items():
+        right = torch.linalg.svd(module.base_layer.weight.detach())[2][:3]
+        a = module.shared_a.detach()
+        torch.testing.assert_close(a.norm(), plain.modules[path].shared_a.detach().norm())
+        cosines = torch.nn.functional.cosine_similarity(a, right).abs()
+        torch.testing.assert_close(cosines, torch.ones(3), atol=1e-3, rtol=0)
+        assert all(not b.any() for b in module.role_b)
 
 
 def test_only_the_layers_asked_for_are_adapted() -> None:
