@@ -11,6 +11,7 @@ from lragent.errors import UserError
 BENCHMARKS = {
     "kernels": "the kernels of serving against what the GPU can do; needs a GPU",
     "training_attention": "attention with gradients over decomposed values, against torch's own; needs a GPU",
+    "training": "steps of learning: MFU, memory, and an epoch shared, per role and per step",
     "trace": "trajectories over roles in the sharing modes, one or many at once, against what the machine allows",
     "steps": "a 17-step trajectory over three roles: times to first token, and decoding, against transformers + PEFT",
 }

@@ -67,7 +67,14 @@ def engine_name(accelerator: Accelerator) -> str:
     return "one process" if accelerator.num_processes == 1 else "DDP"
 
 
-def check_engine(accelerator: Accelerator, *, quantized: bool) -> None:
+def shards_base(accelerator: Accelerator) -> bool:
+    """Whether no process has a whole base."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def check_engine(accelerator: Accelerator, *, quantized: bool, svd: bool = False) -> None:
     """Refuse what accelerate's config may ask for and a run cannot do. Raises UserError naming the setting."""
     state = accelerator.state
     if accelerator.mixed_precision != "no":
@@ -88,6 +95,10 @@ def check_engine(accelerator: Accelerator, *, quantized: bool) -> None:
                 raise UserError(f"the DeepSpeed config holds `{part}`; take it out: the roles config says it.")
         if quantized and state.deepspeed_plugin.zero_stage == 3:
             raise UserError("`quantize` does not go with ZeRO-3, which cannot shard 4-bit weights; take ZeRO-2 or DDP.")
+        if svd and state.deepspeed_plugin.zero_stage == 3:
+            raise UserError(
+                "`a_init: svd` does not go with ZeRO-3, where no process has a whole weight; take `random`."
+            )
     if quantized and accelerator.distributed_type == DistributedType.FSDP:
         raise UserError("`quantize` does not go with FSDP2 here; take DDP or ZeRO-2.")
     supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP,

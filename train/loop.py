@@ -24,8 +24,9 @@ from lragent.errors import UserError
 from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan
+from lragent.train.compiling import compile_elementwise, wants_compiling
 from lragent.train.data import Example, load_examples
-from lragent.train.distributed import Workers, check_engine, make_accelerator, make_workers
+from lragent.train.distributed import Workers, check_engine, make_accelerator, make_workers, shards_base
 from lragent.train.evaluation import EvalScores
 from lragent.train.export import PACK, PEFT, RunResult, adapter_set, export
 from lragent.train.flops import ModelFlops
@@ -96,7 +97,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
 
 
 def _check(settings: TrainSettings, accelerator: Accelerator) -> None:
-    check_engine(accelerator, quantized=settings.quantize is not None)
+    check_engine(accelerator, quantized=settings.quantize is not None, svd=settings.a_init == "svd")
     world = accelerator.num_processes
     if (settings.batches_per_step or world) % world:
         raise UserError(
@@ -224,8 +225,11 @@ class _Training:
         built.learn(a=phase.learns_a, roles=phase.roles)
         if settings.objective != "per_role":
             built.split()  # refuses what cannot be trained so, before any work is done
+        loss = RoleLoss(built, recompute=settings.recompute)
+        if wants_compiling(settings.compile, self.accelerator.device, sharded=shards_base(self.accelerator)):
+            compile_elementwise(built)
         workers = make_workers(
-            self.accelerator, built, RoleLoss(built), lr=settings.lr, decay=settings.weight_decay, clip=settings.clip
+            self.accelerator, built, loss, lr=settings.lr, decay=settings.weight_decay, clip=settings.clip
         )
         return built, workers, flops
 

@@ -8,11 +8,13 @@ through its own `B`. `per_role` trains as `non_shared` serves: each role alone o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lragent.attention import PackedPass
 from lragent.rope import rope_at
@@ -24,15 +26,31 @@ from lragent.train.data import NO_TARGET
 FLOATS_AT_ONCE = 1 << 22
 """Logits (positions x vocabulary) that are held in float32 at one time: 16 MiB."""
 
+LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
+"""Logits that exist at one time, in the dtype of the base, by the type of the device."""
+
+_RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of models that do something to the logits after the head."""
+
 
 class RoleLoss(nn.Module):
     """The losses of a flat batch under its roles. A module, so that accelerate can wrap it for several processes."""
 
-    def __init__(self, built: RoleModel) -> None:
-        """Raises UserError where an adapted `k_proj` cannot be split and a one-pass batch comes."""
+    def __init__(self, built: RoleModel, *, recompute: bool = False) -> None:
+        """recompute: keep what goes into each layer only, and compute the rest again in the backward pass."""
         super().__init__()
         self.model = built.model
         self._built = built
+        base = built.model.get_base_model()
+        self._head_alone = _is_plain_head(base)
+        if recompute:
+            # transformers is giving this function a new name.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "context_fn": self._contexts})
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around a layer's forward pass, and around its recomputation, which needs the same route."""
+        return nullcontext(), self._built.router.use(self._built.router.route)
 
     def forward(
         self,
@@ -47,30 +65,63 @@ class RoleLoss(nn.Module):
         judge: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """All tensors [T], as in `PackedBatch`. Returns [n_roles + 1] float32, the sum of the losses that each role
-        authored the targets of (nobody's, at index 0, is zero).
+        authored the targets of (nobody's, at index 0, is zero); with `judge` also [T] whether each target is the
+        likeliest token, True where there is none.
 
-        The head runs on the positions that have targets only.
+        The head runs on the positions that have targets only, and on so many at a time that all logits never exist.
+        Raises UserError where an adapted `k_proj` cannot be split and a one-pass batch comes.
         """
         base = self.model.get_base_model()
         split = self._built.split() if one_pass else frozenset()
         route = Route(roles, None, split)
         rope = rope_at(base, position_ids, base.dtype) if "k_proj" in split else None
         counted = (targets != NO_TARGET).nonzero().squeeze(-1)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.unsqueeze(0),
+            "position_ids": position_ids.unsqueeze(0),
+            "attention_pass": PackedPass(tuple(spans), route, rope),
+            "use_cache": False,
+        }
         with self._built.router.use(route):
-            logits = self.model(
-                input_ids=input_ids.unsqueeze(0),
-                position_ids=position_ids.unsqueeze(0),
-                attention_pass=PackedPass(tuple(spans), route, rope),
-                use_cache=False,
-                logits_to_keep=counted,
-            ).logits[0]
-        losses = _TokenLosses.apply(logits, targets[counted])
-        sums = losses.new_zeros(len(self._built.roles) + 1).index_add(0, loss_roles[counted], losses)
+            if self._head_alone:
+                states = base.get_decoder()(**inputs).last_hidden_state[0][counted]
+                losses, likeliest = self._through_head(base.get_output_embeddings(), states, targets[counted])
+            else:
+                logits = base(**inputs, logits_to_keep=counted).logits[0]
+                losses, likeliest = _TokenLosses.apply(logits, targets[counted]), logits.argmax(-1)
+        onehot = loss_roles[counted] == torch.arange(len(self._built.roles) + 1, device=losses.device).unsqueeze(-1)
+        sums: torch.Tensor = onehot.to(losses.dtype) @ losses  # not by index_add, whose order differs from run to run
         if not judge:
             return sums
         right = torch.ones_like(targets, dtype=torch.bool)
-        right[counted] = logits.argmax(-1) == targets[counted]
+        right[counted] = likeliest == targets[counted]
         return sums, right
+
+    def _through_head(
+        self, head: nn.Module, states: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """states: [n, d]; targets: [n]. Returns losses and likeliest tokens, [n] each."""
+
+        def some(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = head(part)
+            return _TokenLosses.apply(logits, wanted), logits.detach().argmax(-1)
+
+        vocabulary = self.model.get_base_model().config.vocab_size
+        rows = max(1, LOGITS_AT_ONCE.get(states.device.type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
+        if len(targets) <= rows:
+            return some(states, targets)
+        pieces = [
+            checkpoint(some, part, wanted, use_reentrant=False)
+            for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
+        ]
+        losses, likeliest = zip(*pieces, strict=True)
+        return torch.cat(losses), torch.cat(likeliest)
+
+
+def _is_plain_head(base: nn.Module) -> bool:
+    """Whether a model's logits are what its head gives for the decoder's last states, and nothing else."""
+    config: Any = base.config
+    return not any(getattr(config, name, None) not in (None, 1.0) for name in _RESCALED)
 
 
 class _TokenLosses(torch.autograd.Function):

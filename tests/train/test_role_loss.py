@@ -22,9 +22,9 @@ from lragent.train.role_loss import RoleLoss, loss_inputs
 ROLES = ("plan", "action", "reflect")
 
 
-def build(adapters: AdapterSet, dtype: torch.dtype = torch.float32) -> RoleModel:
+def build(adapters: AdapterSet, family: str = "llama") -> RoleModel:
     register_attention()
-    model = tiny_model().to(dtype)
+    model = tiny_model(family=family)
     model.set_attn_implementation(ATTENTION)
     first = adapters.roles[0]
     built = build_role_model(
@@ -110,6 +110,62 @@ def test_losses_and_their_gradient_are_those_of_cross_entropy(monkeypatch: pytes
     plain = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(losses, plain)
     torch.testing.assert_close(grad, torch.autograd.grad((plain * weights).sum(), logits)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_head_in_pieces_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, gradients and what is likeliest; Gemma's logits, which are capped after the head, come from the model."""
+    adapters = make_adapter_set(tiny_model(family=family), ROLES)
+    results = []
+    for limit in (1 << 26, 3 * 300):
+        monkeypatch.setitem(role_loss.LOGITS_AT_ONCE, "cpu", limit)
+        built = build(adapters, family=family)
+        sums, right = RoleLoss(built)(**loss_inputs(pack(TEAM), one_pass=True), judge=True)
+        (sums * torch.arange(4)).sum().backward()
+        results.append((sums, right, [p.grad for p in built.adapter_parameters()]))
+    (sums, right, grads), (sums_, right_, grads_) = results
+    torch.testing.assert_close(sums, sums_)
+    assert torch.equal(right, right_)
+    for grad, grad_ in zip(grads, grads_, strict=True):
+        torch.testing.assert_close(grad, grad_, atol=1e-5, rtol=1e-3)
+
+
+def test_what_is_judged_right_is_the_likeliest_token() -> None:
+    adapters = make_adapter_set(tiny_model(), ROLES)
+    batch = pack(TEAM)
+    logits = [
+        reference_logits(tiny_model(), adapters, one.token_ids.tolist(), one.roles.tolist(), "base_lr_shared")
+        for one in TEAM
+    ]
+    likeliest = torch.cat([part.argmax(-1) for part in logits])
+    targets = batch.targets.clone()
+    first = (targets != -100).nonzero()[::2].squeeze(-1)
+    targets[first] = likeliest[first]  # every other target becomes what the model would say
+    with torch.no_grad():
+        _, right = RoleLoss(build(adapters))(**(loss_inputs(batch, one_pass=True) | {"targets": targets}), judge=True)
+    assert torch.equal(right, (targets == -100) | (targets == likeliest))
+    assert right[first].all()
+    assert not right.all()
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "up_proj")])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_layers_that_are_computed_again_give_the_same_gradients(targets: tuple[str, ...], one_pass: bool) -> None:
+    """With dropout, and with another batch between the forward and the backward pass."""
+    adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
+    batch = pack(TEAM if one_pass else [view for one in TEAM for view in role_views(one)])
+    other = pack([example(5, [0, 0, 3, 3, 0, 1])])
+    grads = []
+    for recompute in (False, True):
+        built = build(adapters)
+        loss = RoleLoss(built, recompute=recompute).train()
+        torch.manual_seed(3)
+        first = loss(**loss_inputs(batch, one_pass)).sum()
+        second = loss(**loss_inputs(other, one_pass=not one_pass)).sum()
+        (first + 2 * second).backward()
+        grads.append([p.grad for p in built.adapter_parameters()])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again, atol=1e-6, rtol=1e-5)
 
 
 def test_every_b_and_a_learn_in_both_kinds_of_batch() -> None:
