@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -133,6 +132,8 @@ def _read_rows(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield every row with its "file:line" (in Parquet: the row's number), both counted from 1."""
     if not path.is_file():
         raise UserError(f"{path}: is not a file; give a JSONL or Parquet file of trajectories.")
+    import datasets  # slow to import
+
     parquet = path.suffix == ".parquet"
     try:
         # JSONL is read as lines of text: read as JSON, rows would have to share one set of columns and types,
