@@ -65,7 +65,7 @@ def load_examples(
     prompt/completion row unless the objective is `per_role`.
     """
     examples = []
-    for row, source in _read_rows(Path(path)):
+    for row, source in read_rows(Path(path)):
         trajectory = read_row(row, roles, source=source)
         if trajectory.per_role_only and objective != "per_role":
             raise UserError(
@@ -128,7 +128,7 @@ def _example(
     return example
 
 
-def _read_rows(path: Path) -> Iterator[tuple[Any, str]]:
+def read_rows(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield every row with its "file:line" (in Parquet: the row's number), both counted from 1."""
     if not path.is_file():
         raise UserError(f"{path}: is not a file; give a JSONL or Parquet file of trajectories.")

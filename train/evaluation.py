@@ -34,8 +34,11 @@ class EvalScores:
 
     def row(self) -> dict[str, Any]:
         """As it stands in the metrics: `eval` holds losses, `eval_accuracy` shares of turns."""
-        shares = {kind: {role: self.accuracy(kind, role) for role in by_role} for kind, by_role in self.turns.items()}
-        return {"eval": self.losses, "eval_accuracy": shares}
+        return {"eval": self.losses, "eval_accuracy": self.accuracies()}
+
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Every share of turns predicted exactly."""
+        return {kind: {role: self.accuracy(kind, role) for role in by_role} for kind, by_role in self.turns.items()}
 
 
 @torch.no_grad()

@@ -41,6 +41,9 @@ class RunResult:
     """The same over the last."""
     eval_before: Mapping[str, Mapping[str, float]] | None
     eval_after: Mapping[str, Mapping[str, float]] | None
+    accuracy_before: Mapping[str, Mapping[str, float]] | None = None
+    """Shares of turns predicted exactly, as in `EvalScores`."""
+    accuracy_after: Mapping[str, Mapping[str, float]] | None = None
 
 
 def adapter_set(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from lragent.adapter_set import Objective
 from lragent.atomic import new_folder, refuse_existing
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import Renderer
@@ -56,6 +58,8 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
     """
     accelerator = make_accelerator()
     _check(settings, accelerator)
+    if settings.eval_every is not None and settings.eval_data is None:
+        raise UserError("`eval_every` is given without `eval_data`; give trajectories to evaluate on.")
     partial = settings.out.with_name(settings.out.name + PARTIAL)
     checkpoints = Checkpoints(partial, keep=settings.keep)
     refuse_existing(settings.out)
@@ -234,6 +238,50 @@ class _Training:
         return built, workers, flops
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` did."""
+
+    result: RunResult
+    weights: dict[str, torch.Tensor]
+    """All adapters, whole, as `adapter_set` takes them."""
+    before: EvalScores | None
+    after: EvalScores | None
+
+
+def fit(
+    settings: TrainSettings,
+    built: RoleModel,
+    examples: Sequence[Example],
+    held_out: Sequence[Example] = (),
+    *,
+    examine: Objective | None = None,
+    until: Callable[[EvalScores], bool] | None = None,
+) -> Fitted:
+    """Train roles that are built already on examples that are loaded already, in one phase; nothing is written.
+
+    What `settings` says of data, model, output and checkpoints is not looked at. until is asked after the evaluations
+    of `eval_every`; see PhaseRun. Raises UserError where a loss or gradient is not finite.
+    """
+    accelerator = make_accelerator()
+    _check(settings, accelerator)
+    flops = ModelFlops(built.model.get_base_model())
+    loss = RoleLoss(built, recompute=settings.recompute)
+    if wants_compiling(settings.compile, accelerator.device, sharded=shards_base(accelerator)):
+        compile_elementwise(built)
+    workers = make_workers(accelerator, built, loss, lr=settings.lr, decay=settings.weight_decay, clip=settings.clip)
+    phase, past = Phase(0, True, settings.roles, 1.0), Past()
+    run = PhaseRun(
+        settings, phase, accelerator, workers, examples, held_out, log=lambda row: None, past=past, flops=flops,
+        until=until, examine=examine,
+    )  # fmt: skip
+    run.run()
+    after = run.evaluate_at_end()
+    weights = workers.weights()
+    accelerator.free_memory()
+    return Fitted(_result(past, after), weights, past.eval_before, after)
+
+
 def _past(checkpoint: Checkpoint | None) -> Past:
     if checkpoint is None:
         return Past()
@@ -254,11 +302,18 @@ def _result(past: Past, eval_after: EvalScores | None) -> RunResult:
         train_loss_last=last,
         eval_before=None if past.eval_before is None else past.eval_before.losses,
         eval_after=None if eval_after is None else eval_after.losses,
+        accuracy_before=None if past.eval_before is None else past.eval_before.accuracies(),
+        accuracy_after=None if eval_after is None else eval_after.accuracies(),
     )
 
 
 def _ends(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Mean loss per target over the first and over the last tenth of the steps, at least 1 and at most 10 of them."""
+    """Mean loss per target over the first and over the last tenth of the steps, at least 1 and at most 10 of them.
+
+    NaN where no step was taken.
+    """
+    if not rows:
+        return math.nan, math.nan
     some = min(10, max(1, len(rows) // 10))
 
     def mean(part: Sequence[Mapping[str, Any]]) -> float:

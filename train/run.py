@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from lragent.adapter_set import Objective
 from lragent.errors import UserError
 from lragent.train.checkpoints import Checkpoint, Checkpoints, CheckpointWarning, Progress
 from lragent.train.data import Example
@@ -69,22 +70,27 @@ class PhaseRun:
         interrupt: Interrupt | None = None,
         until: Callable[[EvalScores], bool] | None = None,
         flops: ModelFlops | None = None,
+        examine: Objective | None = None,
     ) -> None:
-        """log takes every row of metrics. until is asked after the evaluations between steps whether that is enough."""
+        """log takes every row of metrics. until is asked after every evaluation but the last whether that is enough.
+
+        examine: as what held-out trajectories are run, None = as those that are learnt from.
+        """
         self.settings, self.phase, self.accelerator, self.workers = settings, phase, accelerator, workers
         self.log, self.past, self.checkpoints, self.plan = log, past, checkpoints, plan or {}
         self.interrupt, self.until = interrupt or Interrupt(), until
         self.flops, self.peak = flops, peak_flops(accelerator.device)
-        self.tasks = self._tasks(examples, phase.roles)
-        self.held_out = self._tasks(held_out, settings.roles).one_epoch() if held_out else []
+        self.tasks = self._tasks(settings.objective, examples, phase.roles)
+        kind = examine or settings.objective
+        self.held_out = self._tasks(kind, held_out, settings.roles).one_epoch() if held_out else []
         self.steps = settings.max_steps or self.tasks.steps(settings.epochs)
         self._began = time.monotonic() - past.seconds
         self._saved = past.step, time.monotonic()
 
-    def _tasks(self, examples: Sequence[Example], roles: Sequence[str]) -> Tasks:
+    def _tasks(self, objective: Objective, examples: Sequence[Example], roles: Sequence[str]) -> Tasks:
         settings, world = self.settings, self.accelerator.num_processes
         return Tasks(
-            settings.objective,
+            objective,
             examples,
             tokens_per_batch=settings.tokens_per_batch,
             batches_per_step=settings.batches_per_step or world,
@@ -103,6 +109,7 @@ class PhaseRun:
         if self.past.eval_before is None and self.held_out:
             began = time.monotonic()
             self.past.eval_before = self._evaluate()
+            enough = self.until is not None and self.until(self.past.eval_before)
             evaluated = time.monotonic() - began
         minutes = self.settings.max_minutes
         # The last evaluation will take as long as the first; steps get the time that is left beside both.

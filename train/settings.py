@@ -115,8 +115,6 @@ class TrainSettings:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0 and below 1")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"`weight_decay` is {self.weight_decay}; it must be at least 0")
-        if self.eval_every is not None and self.eval_data is None:
-            raise ValueError("`eval_every` is given without `eval_data`")
         if self.tying == "sequential":
             if self.objective != "per_role":
                 raise ValueError(

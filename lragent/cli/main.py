@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import lragent
 from lragent.errors import UserError
 
-COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "world")
+COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "heal", "world")
 
 
 def build_parser() -> argparse.ArgumentParser:
