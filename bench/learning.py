@@ -60,6 +60,9 @@ REGIMES = {
 }
 """By name, for people. `healed` goes on from `apart`."""
 
+HEAL_SHARE = 0.09
+"""Of the tokens that the roles were trained on apart: what healing may learn from."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -163,15 +166,18 @@ class Lab:
         return pack, {"tokens": tokens, "steps": steps}
 
     def _healed(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        """Until the gap is closed on a tenth of the training data, which is kept out for that."""
+        """Until the gap is closed on a tenth of the training data, which is kept out for that, or a share of the tokens
+        that the roles were trained on is used up."""
         apart = self.folder / "apart.safetensors"
         if not apart.is_file():
             self._apart(apart)
         kept = len(self.examples) // 10
         model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
+        trained = self.plan.epochs * sum(len(view) for example in self.examples for view in role_views(example))
         healed = heal_adapters(
             read_pack(apart), model, self.examples[kept:], self.examples[:kept], tolerance=0.25, epochs=1,
             lr=self.plan.heal_lr, tokens_per_batch=self.plan.tokens_per_batch, seed=self.seed,
+            max_tokens=int(HEAL_SHARE * trained),
         )  # fmt: skip
         write_pack(pack, healed.adapters)
         return pack, {"tokens": healed.tokens, "steps": healed.steps, "closed": healed.closed}

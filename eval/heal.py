@@ -58,6 +58,8 @@ class HealSettings:
     """Points: healed is what predicts as many turns in `base_lr_shared` as it did before in `non_shared`, but these."""
     epochs: int = 1
     """At most so often over the data."""
+    max_tokens: int | None = None
+    """Learn from so many at most; None = what `epochs` says."""
     lr: float = 1e-3
     tokens_per_batch: int = 4096
     max_length: int | None = None
@@ -67,9 +69,10 @@ class HealSettings:
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
-        for name, least in (("epochs", 1), ("tokens_per_batch", 1), ("generated", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: must be at least {least}, not {getattr(self, name)}.")
+        for name, least in (("epochs", 1), ("max_tokens", 1), ("tokens_per_batch", 1), ("generated", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: must be at least {least}, not {value}.")
         for name in ("lr", "tolerance"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: must be above 0, not {getattr(self, name)}.")
@@ -101,14 +104,16 @@ def heal_adapters(
     lr: float,
     tokens_per_batch: int,
     seed: int,
+    max_tokens: int | None = None,
 ) -> Healed:
     """Train `adapters` on `examples` until the gap is closed. model: the base, which gets the adapters injected."""
     set_seed(seed)
     built = role_model_from(model, adapters)
-    batches = sum(map(len, examples)) // tokens_per_batch
+    tokens = epochs * sum(map(len, examples))
+    steps = max(1, min(tokens, max_tokens or tokens) // tokens_per_batch)
     settings = TrainSettings(
-        data=Path(), out=Path(), roles=adapters.role_names, objective="shared", epochs=epochs, lr=lr, seed=seed,
-        tokens_per_batch=tokens_per_batch, eval_every=max(1, batches // EVALUATIONS), compile=False,
+        data=Path(), out=Path(), roles=adapters.role_names, objective="shared", max_steps=steps, lr=lr, seed=seed,
+        tokens_per_batch=tokens_per_batch, eval_every=max(1, steps // EVALUATIONS), compile=False,
         prefix_writer=adapters.prefix_writer or TrainSettings.prefix_writer,
     )  # fmt: skip
     goal: list[float] = []
@@ -162,6 +167,7 @@ def heal(settings: HealSettings, tell: Callable[[str], None]) -> dict[str, Any]:
         lr=settings.lr,
         tokens_per_batch=settings.tokens_per_batch,
         seed=settings.seed,
+        max_tokens=settings.max_tokens,
     )
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="of next-step accuracy below which a gap counts as closed (default: 1)",
     )
     flag("--epochs", type=int, default=1, metavar="N", help="at most so often over the data (default: 1)")
+    flag("--max-tokens", type=int, metavar="N", help="learn from so many at most (default: what --epochs says)")
     flag("--lr", type=float, default=1e-3, help="highest learning rate (default: 1e-3)")
     flag("--tokens-per-batch", type=int, default=4096, metavar="N", help="of one step (default: 4096)")
     flag("--max-length", type=int, metavar="N", help="cut trajectories off after so many tokens")
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         eval_data=args.eval_data,
         tolerance=args.tolerance,
         epochs=args.epochs,
+        max_tokens=args.max_tokens,
         lr=args.lr,
         tokens_per_batch=args.tokens_per_batch,
         max_length=args.max_length,

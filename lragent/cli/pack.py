@@ -23,6 +23,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="stack adapters that were trained with different A's (exact; their ranks add up)",
     )
     parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="K",
+        help="with --stack: compress the stack to rank K by SVD, and say what that loses at each module",
+    )
+    parser.add_argument(
         "--model",
         metavar="SPEC",
         help="the base they were trained on (folder, GGUF file or hub id), to be checked and recorded",
@@ -46,7 +52,23 @@ def run(args: argparse.Namespace) -> int:
     )
     if source is not None:
         adapters = dataclasses.replace(adapters, base_model=source.name)
+    errors: dict[str, float] = {}
+    if args.rank is not None:
+        if not args.stack:
+            raise UserError("--rank goes with --stack: adapters of one A keep its rank.")
+        from lragent.compression import compress
+
+        compressed = compress(adapters, args.rank)
+        adapters, errors = compressed.adapters, compressed.errors
     write_pack(args.output, adapters)
+    for path, error in errors.items():
+        print(f"{path}: {error:.3%} lost")
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        print(
+            f"compressed to rank {args.rank}: at most {errors[worst]:.3%} lost (at {worst}), as a share of the norm of "
+            "all roles' updates; `lragent heal` gives back what that costs"
+        )
     print(
         f"{args.output}: {len(adapters.roles)} roles ({', '.join(adapters.role_names)}), {adapters.form}, "
         f"{adapters.nbytes():,} bytes of weights where separate adapters take {adapters.separate_nbytes():,}"
