@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -41,9 +41,10 @@ from lragent.pack import read_pack, write_pack
 from lragent.serve import Engine
 from lragent.stacking import stack
 from lragent.tied_lora import build_role_model, role_model_from
-from lragent.train.data import Example, load_examples, role_views
+from lragent.train.data import Example, RoleViews
 from lragent.train.distributed import make_accelerator
 from lragent.train.evaluation import EvalScores, evaluate
+from lragent.train.examples import load_examples
 from lragent.train.loop import DTYPES, fit, train
 from lragent.train.role_loss import RoleLoss
 from lragent.train.settings import TrainSettings
@@ -78,7 +79,7 @@ class Plan:
     lr: float
     heal_lr: float
     rank: int = 8
-    dtype: str = "bf16"
+    dtype: Literal["bf16", "float32"] = "bf16"
 
 
 class Lab:
@@ -92,8 +93,8 @@ class Lab:
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         renderer = Renderer(load_tokenizer(self.source))
         common: dict[str, Any] = {"objective": "mixed", "prefix_writer": "base"}
-        self.examples = load_examples(folder / "world" / TRAIN_FILE, renderer, ROLES, **common)
-        self.held_out = load_examples(folder / "world" / EVAL_FILE, renderer, ROLES, **common)
+        self.examples = list(load_examples(folder / "world" / TRAIN_FILE, renderer, ROLES, **common))
+        self.held_out = list(load_examples(folder / "world" / EVAL_FILE, renderer, ROLES, **common))
         lines = (folder / "world" / EVAL_FILE).read_text(encoding="utf-8").splitlines()
         self.gold = [json.loads(line)["messages"] for line in lines[: plan.generated]]
         register_attention()
@@ -146,9 +147,7 @@ class Lab:
             set_seed(1_000 * self.seed + number)
             model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
             built = build_role_model(model, [role], rank=self.plan.rank, alpha=2.0 * self.plan.rank)
-            views = [
-                _as_first(view) for example in self.examples for view in role_views(example) if view.roles[0] == number
-            ]
+            views = [_as_first(view) for view in RoleViews(self.examples).of(frozenset({number}))]
             done = fit(self._settings("per_role", roles=(role,)), built, views)
             singles.append(
                 AdapterSet(
@@ -173,7 +172,7 @@ class Lab:
             self._apart(apart)
         kept = len(self.examples) // 10
         model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
-        trained = self.plan.epochs * sum(len(view) for example in self.examples for view in role_views(example))
+        trained = self.plan.epochs * sum(RoleViews(self.examples).lengths)
         healed = heal_adapters(
             read_pack(apart), model, self.examples[kept:], self.examples[:kept], tolerance=0.25, epochs=1,
             lr=self.plan.heal_lr, tokens_per_batch=self.plan.tokens_per_batch, seed=self.seed,
@@ -271,7 +270,8 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if {"apart", "healed"} <= by_name.keys():
         apart, healed = by_name["apart"], by_name["healed"]
         wanted, had = (apart[f"predicted {mode}"]["share"] for mode in ("non_shared", "base_lr_shared"))
-        healed["gap_closed"] = (healed["predicted base_lr_shared"]["share"] - had) / (wanted - had)
+        if wanted > had:
+            healed["gap_closed"] = (healed["predicted base_lr_shared"]["share"] - had) / (wanted - had)
         healed["share_of_tokens"] = healed["tokens"] / apart["tokens"]
     return rows
 

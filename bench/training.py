@@ -30,7 +30,7 @@ from lragent.errors import UserError
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.batches import PackedBatch, pack
 from lragent.train.compiling import compile_elementwise
-from lragent.train.data import Example, role_views
+from lragent.train.data import Example, RoleViews
 from lragent.train.flops import ModelFlops, peak_flops
 from lragent.train.role_loss import RoleLoss, loss_inputs
 
@@ -70,7 +70,7 @@ def step_views(example: Example) -> list[Example]:
 
 def batches(examples: Sequence[Example], way: str, tokens: int) -> list[PackedBatch]:
     """An epoch in batches of at most `tokens` tokens."""
-    views = {"shared": lambda e: [e], "per_role": role_views, "per_step": step_views}[way]
+    views = {"shared": lambda e: [e], "per_role": lambda e: list(RoleViews([e])), "per_step": step_views}[way]
     filled: list[list[Example]] = []
     for view in (view for example in examples for view in views(example)):
         if not filled or sum(map(len, filled[-1])) + len(view) > tokens:

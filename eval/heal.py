@@ -25,14 +25,17 @@ from lragent.errors import UserError
 from lragent.eval.intervals import wilson
 from lragent.eval.next_step import Messages, NextSteps, next_steps
 from lragent.models import load_model, load_tokenizer, resolve_model
+from lragent.modes import PrefixWriter
 from lragent.pack import read_pack, write_pack
 from lragent.peft_io import write_peft_folders
 from lragent.serve import Engine
 from lragent.stacking import as_tied
 from lragent.tied_lora import role_model_from
-from lragent.train.data import Example, load_examples, read_rows
+from lragent.train.data import Example
 from lragent.train.evaluation import EvalScores
+from lragent.train.examples import load_examples
 from lragent.train.loop import DTYPES, fit
+from lragent.train.rows import read_rows
 from lragent.train.settings import TrainSettings
 
 PACK, PEFT, REPORT = "pack.safetensors", "peft", "report.json"
@@ -114,7 +117,7 @@ def heal_adapters(
     settings = TrainSettings(
         data=Path(), out=Path(), roles=adapters.role_names, objective="shared", max_steps=steps, lr=lr, seed=seed,
         tokens_per_batch=tokens_per_batch, eval_every=max(1, steps // EVALUATIONS), compile=False,
-        prefix_writer=adapters.prefix_writer or TrainSettings.prefix_writer,
+        prefix_writer=PrefixWriter(adapters.prefix_writer or TrainSettings.prefix_writer),
     )  # fmt: skip
     goal: list[float] = []
 
@@ -131,8 +134,8 @@ def heal_adapters(
         role_b={
             path: torch.stack([done.weights[f"{path}.role_B.{role}"] for role in built.roles]) for path in built.modules
         },
-        objective="shared",
-        prefix_writer=settings.prefix_writer.value,
+        objective="shared" if done.result.tokens else adapters.objective,
+        prefix_writer=settings.prefix_writer.value if done.result.tokens else adapters.prefix_writer,
     )
     result = done.result
     return Healed(healed, before, after, result.tokens, result.steps, result.seconds, enough(after))
@@ -188,10 +191,11 @@ def _data(
     """What is learnt from, what is measured on, and the same as messages."""
 
     def load(path: Path) -> list[Example]:
-        return load_examples(
+        found = load_examples(
             path, renderer, adapters.role_names, objective="shared",
             prefix_writer=adapters.prefix_writer or TrainSettings.prefix_writer, max_length=settings.max_length,
         )  # fmt: skip
+        return list(found)
 
     def messages(path: Path) -> list[Messages]:
         return [row["messages"] for row, _ in read_rows(path)]

@@ -6,6 +6,9 @@ wrote an assistant message (its `name`) never reaches the text: all roles share 
 """
 
 import copy
+import dataclasses
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +74,13 @@ class Renderer:
         self._frames: dict[Pair, _FrameIds] = {pair: self._tokenise(pair, frame) for pair, frame in form.frames.items()}
         self.end_of_turn: int = self._frames["user", "assistant"].end_of_turn[0]
         self._check_specials_are_spelt_out()
+
+    def digest(self) -> str:
+        """What the renderer makes of messages, as one digest: of the tokenizer and of the frames of its turns."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else json.dumps(sorted(self._tokenizer.get_vocab().items()))
+        frames = sorted((str(pair), dataclasses.astuple(frame)) for pair, frame in self._frames.items())
+        return hashlib.sha256(json.dumps([words, self.form, frames]).encode()).hexdigest()
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, ask: bool = False, recall: Recall | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lragent.train.data import Example
+from lragent.train.data import Example, lengths_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class TokenBatches:
         if not examples:
             raise ValueError("there are no examples to make batches of")
         self._examples = examples
-        self._lengths = [len(example) for example in examples]
+        self._lengths = lengths_of(examples)
         self._budget = tokens_per_batch
         self._seed = seed
         self._ends: list[int] = []  # of the epochs met so far, counted in batches from the first

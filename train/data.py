@@ -1,18 +1,17 @@
-"""From files of trajectories to examples: token ids, who authored each, and which role processes each position."""
+"""From rows to examples: token ids, who authored each, and which role processes each position."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lragent.adapter_set import Objective
 from lragent.chat import BASE, Renderer, position_roles
 from lragent.errors import UserError
 from lragent.modes import PrefixWriter
-from lragent.trajectories import TextCompletion, Trajectory, parse_row, read_row
+from lragent.trajectories import TextCompletion, Trajectory
 
 NO_TARGET = -100
 """The label of positions whose loss does not count, as torch's `cross_entropy` ignores it."""
@@ -49,64 +48,63 @@ def _next(values: Tensor, last: int) -> Tensor:
     return torch.cat([values[1:], values.new_tensor([last])])
 
 
-def load_examples(
-    path: Path | str,
-    renderer: Renderer,
-    roles: Sequence[str],
-    *,
-    objective: Objective,
-    prefix_writer: PrefixWriter | str,
-    max_length: int | None = None,
-) -> list[Example]:
-    """Read a JSONL or Parquet file and render every row, keeping the first `max_length` tokens.
+class RoleViews(Sequence[Example]):
+    """Every trajectory once for each role that authored something in it, as that role alone runs and learns it.
 
-    Give the examples themselves to `shared` batches, and their `role_views` to `per_role` ones. Raises `UserError`
-    naming file and line for an unreadable row, one in which no role authors anything that can be learnt, and a
-    prompt/completion row unless the objective is `per_role`.
+    Every position is the role's, only its own tokens are learnt, and what follows its last one is cut off. Made when
+    asked for.
     """
-    examples = []
-    for row, source in read_rows(Path(path)):
-        trajectory = read_row(row, roles, source=source)
-        if trajectory.per_role_only and objective != "per_role":
-            raise UserError(
-                f"{source}: prompt/completion rows need `objective: per_role`, this is `{objective}`; "
-                "give whole trajectories as `messages`."
-            )
-        examples.append(_example(trajectory, renderer, roles, prefix_writer, max_length))
-    if not examples:
-        raise UserError(f"{path}: holds no rows.")
-    return examples
 
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self._views = [
+            (at, role, int((example.authors == role).nonzero()[-1]) + 1)
+            for at, example in enumerate(examples)
+            for role in example.loss_roles.unique().tolist()
+            if role
+        ]
 
-def role_views(example: Example) -> list[Example]:
-    """Return one example per role that authored something: the trajectory as that role alone runs and learns it.
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each view."""
+        return [end for _, _, end in self._views]
 
-    Every position is the role's, only its own tokens are learnt, and what follows its last one is cut off.
-    """
-    views = []
-    for role in example.loss_roles.unique().tolist():
-        if role == 0:
-            continue
-        end = int((example.authors == role).nonzero()[-1]) + 1
+    def of(self, roles: frozenset[int]) -> RoleViews:
+        """The views of these roles only."""
+        some = RoleViews([])
+        some._examples = self._examples
+        some._views = [view for view in self._views if view[1] in roles]
+        return some
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # slices are of no use here
+        at, role, end = self._views[index]
+        example = self._examples[at]
         authors = example.authors[:end]
-        views.append(
-            Example(
-                source=example.source,
-                token_ids=example.token_ids[:end],
-                authors=authors.where(authors == role, 0),
-                roles=torch.full((end,), role),
-            )
+        return Example(
+            source=example.source,
+            token_ids=example.token_ids[:end],
+            authors=authors.where(authors == role, 0),
+            roles=torch.full((end,), role),
         )
-    return views
 
 
-def _example(
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, without making it where that can be had."""
+    known: list[int] | None = getattr(examples, "lengths", None)
+    return [len(example) for example in examples] if known is None else known
+
+
+def example_of(
     trajectory: Trajectory | TextCompletion,
     renderer: Renderer,
     roles: Sequence[str],
     prefix_writer: PrefixWriter | str,
     max_length: int | None,
 ) -> Example:
+    """Render one row, keeping its first `max_length` tokens. Raises UserError where nothing in it can be learnt."""
     rendered = trajectory.render(renderer)
     number = {None: 0, BASE: 0} | {name: at for at, name in enumerate(roles, start=1)}
     processed_by = position_roles(rendered, asker=None, prefix_writer=prefix_writer)
@@ -126,27 +124,3 @@ def _example(
             mend = "at all; give it an assistant message with the `name` of a role, or remove the row"
         raise UserError(f"{trajectory.source}: no role authors anything {mend}.")
     return example
-
-
-def read_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    """Yield every row with its "file:line" (in Parquet: the row's number), both counted from 1."""
-    if not path.is_file():
-        raise UserError(f"{path}: is not a file; give a JSONL or Parquet file of trajectories.")
-    import datasets  # slow to import
-
-    parquet = path.suffix == ".parquet"
-    try:
-        # JSONL is read as lines of text: read as JSON, rows would have to share one set of columns and types,
-        # and errors could not name the line. Streaming: what is kept are the examples, no copy in a cache folder.
-        rows = datasets.load_dataset(
-            "parquet" if parquet else "text", data_files={"train": [str(path)]}, split="train", streaming=True
-        )
-        for line, row in enumerate(rows, start=1):
-            source = f"{path}:{line}"
-            if parquet:
-                yield row, source
-            elif row["text"].strip():
-                yield parse_row(row["text"], source=source), source
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # arrow's and Unicode's are ValueErrors
-        kind = "a Parquet file" if parquet else "UTF-8 text"
-        raise UserError(f"{path}: cannot be read as {kind} ({error}).") from error

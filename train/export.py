@@ -20,7 +20,7 @@ from lragent.peft_io import write_peft_folders
 from lragent.tied_lora import RoleModel
 from lragent.train.settings import TrainSettings
 
-PACK, PEFT, CARD = "pack.safetensors", "peft", "README.md"
+PACK, PEFT, CARD, CURVES = "pack.safetensors", "peft", "README.md", "losses.png"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class RunResult:
     accuracy_before: Mapping[str, Mapping[str, float]] | None = None
     """Shares of turns predicted exactly, as in `EvalScores`."""
     accuracy_after: Mapping[str, Mapping[str, float]] | None = None
+    authored: Mapping[str, int] | None = None
+    """Tokens of the data that each role learns, in one pass over it."""
+    engine: str = "one process"
+    """What shared the work out."""
+    processes: int = 1
 
 
 def adapter_set(
@@ -66,14 +71,18 @@ def adapter_set(
 
 
 def export(adapters: AdapterSet, settings: TrainSettings, result: RunResult, folder: Path) -> None:
-    """Write the pack, the PEFT folders and the model card into `folder`, which exists."""
+    """Write the pack, the PEFT folders and the model card into `folder`, which exists.
+
+    Where the curves of the losses lie there already, the card shows them.
+    """
     write_pack(folder / PACK, adapters)
     write_peft_folders(adapters, folder / PEFT)
-    (folder / CARD).write_text(model_card(adapters, settings, result), encoding="utf-8")
+    card = model_card(adapters, settings, result, curves=(folder / CURVES).is_file())
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def model_card(adapters: AdapterSet, settings: TrainSettings, result: RunResult) -> str:
-    """Markdown with the front matter that model hubs read."""
+def model_card(adapters: AdapterSet, settings: TrainSettings, result: RunResult, curves: bool = False) -> str:
+    """Markdown with the front matter that model hubs read. curves: whether `CURVES` lies beside it."""
     names = ", ".join(adapters.role_names)
     lines = [
         "---",
@@ -90,6 +99,7 @@ def model_card(adapters: AdapterSet, settings: TrainSettings, result: RunResult)
         "## Data",
         "",
         f"- trained on `{settings.data.name}`: {result.targets} authored tokens learnt in {result.tokens} processed",
+        *_shares(result),
         f"- evaluated on `{settings.eval_data.name}`" if settings.eval_data else "- not evaluated on held-out data",
         "",
         "## Losses",
@@ -99,22 +109,46 @@ def model_card(adapters: AdapterSet, settings: TrainSettings, result: RunResult)
         "| | before | after |",
         "|---|---|---|",
         f"| training (first and last steps) | {result.train_loss_first:.4f} | {result.train_loss_last:.4f} |",
-        *_eval_rows(result),
+        *_rows("held out", result.eval_before, result.eval_after, "{:.4f}"),
+        *_rows("held out, turns predicted exactly", result.accuracy_before, result.accuracy_after, "{:.1%}"),
         "",
+        *([f"![losses]({CURVES})", ""] if curves else []),
         "## Hyperparameters",
         "",
         *[f"- {name}: {json.dumps(value)}" for name, value in dump_config(settings).items() if name not in _PRIVATE],
         f"- steps: {result.steps}",
+        f"- tokens a step: {result.tokens / result.steps:.0f}",
+        f"- processes: {result.processes} ({result.engine})",
         f"- seconds: {result.seconds:.1f}",
         "",
         "## Versions",
         "",
-        *[f"- {package}: {version(package)}" for package in ("lragent", "torch", "transformers", "peft", "accelerate")],
+        *[f"- {package}: {found}" for package, found in _versions(settings, result)],
         f"- python: {platform.python_version()}",
         f"- base fingerprint: {adapters.base_fingerprint}",
+        *(
+            ["- the base was kept in 4 bits (nf4) while training; the fingerprint is its checkpoint's"]
+            if settings.quantize
+            else []
+        ),
         "",
     ]
     return "\n".join(lines)
+
+
+def _versions(settings: TrainSettings, result: RunResult) -> list[tuple[str, str]]:
+    packages = ["lragent", "torch", "transformers", "peft", "accelerate"]
+    packages += ["deepspeed"] if "DeepSpeed" in result.engine else []
+    packages += ["bitsandbytes"] if settings.quantize else []
+    return [(package, version(package)) for package in packages]
+
+
+def _shares(result: RunResult) -> list[str]:
+    if not result.authored:
+        return []
+    whole = sum(result.authored.values())
+    shares = ", ".join(f"{role} {tokens} ({tokens / whole:.0%})" for role, tokens in result.authored.items())
+    return [f"- authored tokens by role: {shares}"]
 
 
 _PRIVATE = ("data", "eval_data", "out", "model", "tracking", "project")
@@ -132,17 +166,28 @@ def _how_to_serve(adapters: AdapterSet) -> list[str]:
         f"lragent serve --roles {PACK}",
         "```",
         "",
+        "With PEFT alone, one role at a time:",
+        "",
+        "```python",
+        f'model = PeftModel.from_pretrained(base, "{PEFT}/{adapters.role_names[0]}")',
+        "```",
+        "",
         f"Trained with the objective `{adapters.objective}`: serve in the sharing mode {modes[adapters.objective]}, "
         f"with `prefix_writer: {adapters.prefix_writer}`.",
         "",
     ]
 
 
-def _eval_rows(result: RunResult) -> list[str]:
-    if result.eval_before is None or result.eval_after is None:
+def _rows(
+    what: str,
+    before: Mapping[str, Mapping[str, float]] | None,
+    after: Mapping[str, Mapping[str, float]] | None,
+    form: str,
+) -> list[str]:
+    if before is None or after is None:
         return []
     return [
-        f"| held out, {kind}, {role} | {before:.4f} | {result.eval_after[kind][role]:.4f} |"
-        for kind, by_role in result.eval_before.items()
-        for role, before in by_role.items()
+        f"| {what}, {kind}, {role} | {form.format(value)} | {form.format(after[kind][role])} |"
+        for kind, by_role in before.items()
+        for role, value in by_role.items()
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from lragent.models import ModelSource, load_model, load_tokenizer, resolve_mode
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan
 from lragent.train.compiling import compile_elementwise, wants_compiling
-from lragent.train.data import Example, load_examples
-from lragent.train.distributed import Workers, check_engine, make_accelerator, make_workers, shards_base
+from lragent.train.curves import draw
+from lragent.train.data import Example
+from lragent.train.distributed import Workers, check_engine, engine_name, make_accelerator, make_workers, shards_base
 from lragent.train.evaluation import EvalScores
-from lragent.train.export import PACK, PEFT, RunResult, adapter_set, export
+from lragent.train.examples import Examples, load_examples
+from lragent.train.export import CURVES, PACK, PEFT, RunResult, adapter_set, export
 from lragent.train.flops import ModelFlops
 from lragent.train.interrupt import Interrupt
 from lragent.train.phases import Phase, phases
@@ -47,6 +48,10 @@ FREE = ("data", "eval_data", "out", "model", "eval_every", "save_every", "keep",
         "compile", "recompute")  # fmt: skip
 """Settings that may differ between a run and the one that goes on from its checkpoint: either they change no step, or
 what they name is compared by content."""
+
+
+class CurvesWarning(UserWarning):
+    """There is no picture of the losses."""
 
 
 def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | None:
@@ -72,7 +77,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
     renderer = Renderer(load_tokenizer(source))
     examples = _load(settings.data, settings, renderer)
     _check_roles(settings, examples)
-    held_out = _load(settings.eval_data, settings, renderer) if settings.eval_data else []
+    held_out = _load(settings.eval_data, settings, renderer) if settings.eval_data else None
     plan = _plan(settings, accelerator, source, examples, held_out)
     with warnings.catch_warnings():
         warnings.simplefilter("default" if accelerator.is_main_process else "ignore")
@@ -83,15 +88,22 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
         if accelerator.is_main_process:
             checkpoints.sweep()
         with _metrics(settings, partial, accelerator, checkpoint) as log:
-            run = _Training(settings, accelerator, source, examples, held_out, log, checkpoints, plan, interrupt)
+            run = _Training(settings, accelerator, source, examples, held_out or (), log, checkpoints, plan, interrupt)
             result, built, weights = run.run(checkpoint)
+            result = replace(
+                result,
+                authored=dict(zip(settings.roles, examples.authored(len(settings.roles)), strict=True)),
+                engine=engine_name(accelerator),
+                processes=accelerator.num_processes,
+            )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with new_folder(settings.out) as out:
-                export(adapter_set(built, settings, source, weights), settings, result, out)
                 for path in partial.iterdir():
                     if path not in checkpoints.folders():
                         _copy(path, out / path.name)
+                _draw(out)
+                export(adapter_set(built, settings, source, weights), settings, result, out)
             shutil.rmtree(partial)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -110,7 +122,7 @@ def _check(settings: TrainSettings, accelerator: Accelerator) -> None:
         )
 
 
-def _load(path: Path, settings: TrainSettings, renderer: Renderer) -> list[Example]:
+def _load(path: Path, settings: TrainSettings, renderer: Renderer) -> Examples:
     return load_examples(
         path,
         renderer,
@@ -121,10 +133,9 @@ def _load(path: Path, settings: TrainSettings, renderer: Renderer) -> list[Examp
     )
 
 
-def _check_roles(settings: TrainSettings, examples: Sequence[Example]) -> None:
-    seen = set(torch.cat([example.loss_roles for example in examples]).unique().tolist())
-    for number, role in enumerate(settings.roles, start=1):
-        if number not in seen:
+def _check_roles(settings: TrainSettings, examples: Examples) -> None:
+    for role, tokens in zip(settings.roles, examples.authored(len(settings.roles)), strict=True):
+        if not tokens:
             raise UserError(
                 f"{settings.data}: the role {role!r} authors nothing; take it out of `roles`, or add its turns."
             )
@@ -134,25 +145,17 @@ def _plan(
     settings: TrainSettings,
     accelerator: Accelerator,
     source: ModelSource,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
+    examples: Examples,
+    held_out: Examples | None,
 ) -> dict[str, Any]:
     """What the steps follow from: a run that is resumed must have the same."""
     plan = {name: value for name, value in dump_config(settings).items() if name not in FREE}
     return plan | {
         "batches_per_step": settings.batches_per_step or accelerator.num_processes,
         "model": source.fingerprint(),
-        "data": _digest(examples),
-        "eval_data": _digest(held_out),
+        "data": examples.digest,
+        "eval_data": held_out.digest if held_out else None,
     }
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        for part in (example.token_ids, example.authors, example.roles):
-            digest.update(part.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Training:
@@ -213,7 +216,9 @@ class _Training:
         settings = self.settings
         register_attention()
         set_seed(settings.seed)
-        base = load_model(self.source, DTYPES[settings.dtype], self.accelerator.device, ATTENTION)
+        base = load_model(
+            self.source, DTYPES[settings.dtype], self.accelerator.device, ATTENTION, quantize=settings.quantize
+        )
         flops = ModelFlops(base)
         built = build_role_model(
             base,
@@ -336,6 +341,15 @@ def _place(partial: Path, accelerator: Accelerator) -> Iterator[None]:
     finally:
         if accelerator.is_main_process and partial.is_dir() and not Checkpoints(partial, keep=1).folders():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _draw(out: Path) -> None:
+    """The picture of the losses; a run is not lost for want of it."""
+    rows = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    try:
+        draw(rows, out / CURVES)
+    except ImportError:
+        warnings.warn(f"no {CURVES}: matplotlib is not installed", CurvesWarning, stacklevel=2)
 
 
 def _copy(path: Path, to: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lragent.adapter_set import Objective
 from lragent.train.batches import PackedBatch, TokenBatches
-from lragent.train.data import NO_TARGET, Example, role_views
+from lragent.train.data import NO_TARGET, Example, RoleViews
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,6 @@ class Tasks:
         ]
 
 
-def _views(examples: Sequence[Example], roles: Collection[int] | None) -> list[Example]:
-    views = [view for example in examples for view in role_views(example)]
-    return views if roles is None else [view for view in views if int(view.roles[0]) in roles]
+def _views(examples: Sequence[Example], roles: Collection[int] | None) -> RoleViews:
+    views = RoleViews(examples)
+    return views if roles is None else views.of(frozenset(roles))

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -34,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lragent.train.interrupt import InterruptedRun
 
     try:
+        from lragent.cli.main import show_warning
         from lragent.train.loop import train
         from lragent.train.settings import TrainSettings
 
+        warnings.showwarning = show_warning  # type: ignore[assignment]  # takes them all, by position
         summary = train(load_config(TrainSettings, args.config, args.overrides), resume=args.resume == "auto")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         generated=args.generated,
         seed=args.seed,
     )
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else 160)
     report = heal(settings, console.print)
     console.print(_table(report))
     if report["closed"]:

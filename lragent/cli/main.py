@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import lragent
 from lragent.errors import UserError
 
-COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "heal", "world")
+COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "data", "heal", "world")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes them all, by position
+            warnings.showwarning = show_warning  # type: ignore[assignment]  # takes them all, by position
             status: int = args.run(args)
             sys.stdout.flush()
             return status
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     """Our own warnings as one line; those of libraries are meant for programmers, and are left out."""
     if category.__module__.partition(".")[0] == "lragent":
         print(f"warning: {message}", file=sys.stderr)

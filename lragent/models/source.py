@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lragent.errors import UserError
 from lragent.models.fingerprint import fingerprint, read_config, weight_files
@@ -67,11 +67,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
+    quantize: Literal["nf4"] | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode, from safetensors only and without running code from the folder.
 
-    `dtype` None means float32 on the CPU and bfloat16 elsewhere. Raises `UserError` where transformers does not know
-    the architecture or the weights do not fit it.
+    `dtype` None means float32 on the CPU and bfloat16 elsewhere. quantize: keep linear layers in 4 bits, by
+    bitsandbytes, as they are loaded. Raises `UserError` where transformers does not know the architecture, the weights
+    do not fit it, or 4 bits are asked for in vain.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -80,6 +82,8 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options: dict[str, Any] = {"device_map": {"": device}} if device.type != "cpu" else {}
+    if quantize is not None:
+        options["quantization_config"] = _four_bits(device, dtype)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with quiet_libraries():
@@ -95,6 +99,19 @@ def load_model(
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"cannot load the model {source.name}: {_first_line(error)}") from error
     return model.eval()
+
+
+def _four_bits(device: torch.device, dtype: torch.dtype) -> Any:
+    """How bitsandbytes is to quantise; computing in `dtype`."""
+    if device.type != "cuda":
+        raise UserError(f"`quantize: nf4` needs a CUDA GPU; this runs on {device.type}. Leave `quantize` out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("`quantize: nf4` needs bitsandbytes: run `pip install bitsandbytes`, or leave `quantize` out.")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -15,7 +15,8 @@ from tiny import tiny_tokenizer
 from lragent.chat import Rendered, Renderer
 from lragent.errors import UserError
 from lragent.train.batches import PackedBatch, TokenBatches, pack
-from lragent.train.data import NO_TARGET, Example, load_examples, role_views
+from lragent.train.data import NO_TARGET, Example, RoleViews
+from lragent.train.examples import load_examples
 
 ROLES = ("plan", "action", "reflect")
 SYSTEM = {"role": "system", "content": "s"}
@@ -43,6 +44,9 @@ def load(path: Path, **options: Any) -> list[Example]:
 
 class LetterRenderer:
     """Reads each message as one token per letter, opened by `<` and ended by `>`: for examples worked by hand."""
+
+    def digest(self) -> str:
+        return "letters"
 
     def render(self, messages: Any) -> Rendered:
         ids, authors, openings = [], [], []
@@ -100,7 +104,7 @@ def test_role_views_by_hand(tmp_path: Path) -> None:
         says("plan", "q"),
         TOOL,
     ]
-    plan, action = role_views(letters({"messages": messages}, tmp_path))
+    plan, action = RoleViews([letters({"messages": messages}, tmp_path)])
     assert text_of(plan.token_ids) == "<uu><p><ab><t><q>"
     assert digits(plan.roles) == "1" * 17
     assert text_of(plan.targets) == "....p>........q>."
@@ -118,7 +122,7 @@ def test_truncation_keeps_the_beginning(tmp_path: Path) -> None:
     assert text_of(cut.token_ids) == "<x><pp"
     assert digits(cut.roles) == digits(whole.roles)[:6]
     assert text_of(cut.targets) == "...pp."
-    assert [digits(view.roles) for view in role_views(cut)] == ["111111"]
+    assert [digits(view.roles) for view in list(RoleViews([cut]))] == ["111111"]
 
 
 def test_real_tokens_agree_with_the_renderer(tmp_path: Path) -> None:
@@ -193,9 +197,12 @@ def test_nothing_authored_after_truncation_is_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(UserError, match="is not a file"):
-            load(path)
+    with pytest.raises(UserError, match=r"none\.jsonl: is not a file"):
+        load(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="holds no file that ends in"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="no file has such a name"):
+        load(tmp_path / "*.jsonl")
     binary = tmp_path / "b.jsonl"
     binary.write_bytes(b'{"messages": []}\n\xff\xfe\n')
     with pytest.raises(UserError, match=r"b\.jsonl: cannot be read as UTF-8 text"):

@@ -64,7 +64,12 @@ def launch(config: str, given: Path, out: Path) -> subprocess.CompletedProcess[s
     mine.write_text(yaml.safe_dump(changed))
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(mine)]
     command += ["--main_process_port", "0", str(ROOT / "tests" / "train" / "launched.py"), str(given), str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "LRAGENT_CACHE": str(out / "cache"),
+    }
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 

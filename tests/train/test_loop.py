@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,9 @@ def test_a_run_learns_and_leaves_everything_behind(objective: str, data: Path, m
         for role in ROLES:
             assert summary["eval_after"][kind][role] < summary["eval_before"][kind][role]
     out = Path(summary["out"])
-    assert {path.name for path in out.iterdir()} == {"pack.safetensors", "peft", "README.md", "metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {
+        "pack.safetensors", "peft", "README.md", "metrics.jsonl", "losses.png",
+    }  # fmt: skip
     assert {path.name for path in (out / "peft").iterdir()} == set(ROLES)
     assert not [path for path in data.parent.iterdir() if path.name.startswith(".tmp")]
     steps = [row for row in metrics(summary["out"]) if "loss" in row]
@@ -156,8 +160,8 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
     data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: Any) -> Any:
-        base = load_model(*args)
+    def broken(*args: Any, **options: Any) -> Any:
+        base = load_model(*args, **options)
         with torch.no_grad():
             base.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
         return base
@@ -207,6 +211,57 @@ def test_wandb_is_offline_and_in_the_output_folder(data: Path, model: Path, monk
     assert calls[-1] == ("finish", 0)
 
 
+def log_records(content: bytes) -> Iterator[bytes]:
+    """The records of a file of wandb's: a header of 7 bytes, then LevelDB's log format."""
+    at, parts = 7, b""
+    while at + 7 <= len(content):
+        if 32_768 - at % 32_768 < 7:  # what is left of a block is filled up
+            at += 32_768 - at % 32_768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+@pytest.mark.slow
+def test_wandb_writes_an_offline_run_for_real(data: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read back with wandb's own reader: losses of every step, and the settings."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    summary = train(settings(data, model, max_steps=3, tracking="wandb", project="mine"))
+    assert summary is not None
+    (written,) = Path(summary["out"]).glob("wandb/offline-run-*/run-*.wandb")
+    losses, project = [], None
+    for found in log_records(written.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(found)
+        if record.WhichOneof("record_type") == "run":
+            project = record.run.project
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            losses.append(float(values["loss"]))
+    assert project == "mine"
+    assert losses == pytest.approx([row["loss"] for row in metrics(summary["out"])])
+    assert wandb.run is None, "the run was ended"
+
+
+def test_without_matplotlib_a_run_ends_well(data: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: Any) -> None:
+        raise ImportError("matplotlib")
+
+    monkeypatch.setattr(loop, "draw", missing)
+    with pytest.warns(loop.CurvesWarning, match="matplotlib is not installed"):
+        summary = train(settings(data, model, max_steps=2))
+    assert summary is not None
+    assert "losses.png" not in Path(summary["out"], "README.md").read_text()
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +293,10 @@ def test_the_last_line_is_the_summary(data: Path, model: Path, capsys: pytest.Ca
         (["max_length=20"], "train.jsonl:1"),
         (["model=./no-such-model"], "no-such-model"),
         (["eval_every=2"], "eval_data"),
+        (["tying=sequential"], "`objective: per_role`, not `mixed`"),
+        (["tying=sequential", "objective=per_role", "roles=[plan]"], "at least two roles"),
+        (["batches_per_step=0"], "`batches_per_step`"),
+        (["quantize=nf4"], "needs a CUDA GPU"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(

@@ -16,7 +16,7 @@ from lragent.attention import ATTENTION, register_attention
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train import role_loss
 from lragent.train.batches import pack
-from lragent.train.data import Example, role_views
+from lragent.train.data import Example, RoleViews
 from lragent.train.role_loss import RoleLoss, loss_inputs
 
 ROLES = ("plan", "action", "reflect")
@@ -81,7 +81,7 @@ def test_a_shared_batch_is_what_the_reference_says(targets: tuple[str, ...]) -> 
 
 def test_a_per_role_batch_is_pefts_own_loss() -> None:
     adapters = make_adapter_set(tiny_model(), ROLES)
-    views = [view for one in TEAM for view in role_views(one)]
+    views = list(RoleViews(TEAM))
     with torch.no_grad():
         got = RoleLoss(build(adapters))(**loss_inputs(pack(views), one_pass=False))
     want = torch.zeros(len(ROLES) + 1)
@@ -153,7 +153,7 @@ def test_what_is_judged_right_is_the_likeliest_token() -> None:
 def test_layers_that_are_computed_again_give_the_same_gradients(targets: tuple[str, ...], one_pass: bool) -> None:
     """With dropout, and with another batch between the forward and the backward pass."""
     adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
-    batch = pack(TEAM if one_pass else [view for one in TEAM for view in role_views(one)])
+    batch = pack(TEAM if one_pass else list(RoleViews(TEAM)))
     other = pack([example(5, [0, 0, 3, 3, 0, 1])])
     grads = []
     for recompute in (False, True):
@@ -171,7 +171,7 @@ def test_layers_that_are_computed_again_give_the_same_gradients(targets: tuple[s
 def test_every_b_and_a_learn_in_both_kinds_of_batch() -> None:
     for one_pass in (True, False):
         built = build(make_adapter_set(tiny_model(), ROLES))
-        batch = TEAM if one_pass else [view for one in TEAM for view in role_views(one)]
+        batch = TEAM if one_pass else list(RoleViews(TEAM))
         RoleLoss(built)(**loss_inputs(pack(batch), one_pass)).sum().backward()
         for parameter in built.adapter_parameters():
             assert parameter.grad is not None
