@@ -227,7 +227,7 @@ class Workers:
 
     def _check_same(self, state: Mapping[str, Tensor]) -> None:
         """Raise LRAgentError where the processes hold different adapters, or A is no longer tied."""
-        self.built.check()
+        self.built.check_tied()
         if self.accelerator.num_processes == 1:
             return
         sums = torch.stack([value.view(torch.int32).to(torch.int64).sum() for value in state.values()])
