@@ -17,6 +17,17 @@ UNEVEN = 20
 """A role that authors so many times less than another is pointed out."""
 
 
+def balance(roles: Sequence[str], authored: Sequence[int]) -> str:
+    """What each role has to learn from, in one line; a role with much less than another is pointed out."""
+    whole = max(1, sum(authored))
+    shares = [f"{role} {tokens:,} ({tokens / whole:.0%})" for role, tokens in zip(roles, authored, strict=True)]
+    line = "authored tokens: " + ", ".join(shares)
+    most, least = max(authored), min(authored)
+    if most > UNEVEN * least:
+        line += f"; {roles[authored.index(least)]} has {most / max(1, least):.0f} times fewer than the most"
+    return line
+
+
 @dataclass
 class Report:
     """What was found. Counts are of good rows, and tokens."""

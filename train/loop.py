@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lragent.config import dump_config
 from lragent.errors import UserError
 from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
 from lragent.tied_lora import RoleModel, build_role_model
+from lragent.train.check import balance
 from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan
 from lragent.train.compiling import compile_elementwise, wants_compiling
 from lragent.train.curves import draw
@@ -92,7 +94,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
             result, built, weights = run.run(checkpoint)
             result = replace(
                 result,
-                authored=dict(zip(settings.roles, examples.authored(len(settings.roles)), strict=True)),
+                authored=dict(zip(settings.roles, run.authored, strict=True)),
                 engine=engine_name(accelerator),
                 processes=accelerator.num_processes,
             )
@@ -166,7 +168,7 @@ class _Training:
         settings: TrainSettings,
         accelerator: Accelerator,
         source: ModelSource,
-        examples: Sequence[Example],
+        examples: Examples,
         held_out: Sequence[Example],
         log: Log,
         checkpoints: Checkpoints,
@@ -175,6 +177,7 @@ class _Training:
     ) -> None:
         self.settings, self.accelerator, self.source = settings, accelerator, source
         self.examples, self.held_out = examples, held_out
+        self.authored = examples.authored(len(settings.roles))
         self.log, self.checkpoints, self.plan, self.interrupt = log, checkpoints, plan, interrupt
 
     def run(self, checkpoint: Checkpoint | None) -> tuple[RunResult, RoleModel, dict[str, torch.Tensor]]:
@@ -185,6 +188,8 @@ class _Training:
             begin = checkpoint.progress.phase
         for phase in todo[begin:]:
             built, workers, flops = self._build(phase)
+            if phase.number == begin and self.accelerator.is_main_process:
+                print(balance(self.settings.roles, self.authored), file=sys.stderr)
             if checkpoint is not None and phase.number == begin:
                 workers.load(checkpoint.state, checkpoint.progress.step)
             elif weights is not None:

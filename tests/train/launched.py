@@ -1,7 +1,7 @@
-"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and one of two phases.
+"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and two of other kinds.
 
 Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: the output folders
-`whole/`, `resumed/` and `sequential/`. The last line of output is the engine's name.
+`whole/`, `resumed/`, `sequential/` and `frozen/`. The last line of output is the engine's name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
+from lragent.errors import UserError
 from lragent.train import run
 from lragent.train.distributed import engine_name
 from lragent.train.interrupt import InterruptedRun
@@ -21,7 +22,8 @@ from lragent.train.loop import train
 from lragent.train.settings import TrainSettings
 
 STEPS, STOP = 5, 3
-SEQUENTIAL = {"objective": "per_role", "tying": "sequential", "max_steps": 2}
+SEQUENTIAL = {"objective": "per_role", "tying": "sequential", "max_steps": 2, "recompute": True}
+FROZEN = {"objective": "shared", "tying": "frozen", "a_init": "svd", "max_steps": 2}
 
 
 def settings(given: Path, out: Path, **more: object) -> TrainSettings:
@@ -59,6 +61,10 @@ def main() -> None:
     run.PhaseRun._step = before  # type: ignore[method-assign]
     train(settings(given, out / "resumed"), resume=True)
     train(settings(given, out / "sequential", **SEQUENTIAL))
+    try:
+        train(settings(given, out / "frozen", **FROZEN))
+    except UserError as error:
+        print(error, flush=True)
     if PartialState().is_main_process:
         print(engine_name(Accelerator()), flush=True)
     if dist.is_initialized():

@@ -11,6 +11,7 @@ from test_loop import rows, says
 from tiny import save_tiny
 
 from lragent.cli.main import main
+from lragent.train.check import balance
 from lragent.trajectories import read_row
 
 ROLES = ("plan", "action", "reflect")
@@ -57,6 +58,11 @@ def test_check_of_good_data_is_content_and_points_at_silent_roles(
     out = capsys.readouterr().out
     assert "warning: the role 'reflect' authors nothing" in out
     assert "times fewer tokens than 'plan'" in out
+
+
+def test_the_balance_of_roles_is_one_line() -> None:
+    assert balance(["plan", "action"], [3000, 1000]) == "authored tokens: plan 3,000 (75%), action 1,000 (25%)"
+    assert balance(["plan", "action"], [3000, 100]).endswith("; action has 30 times fewer than the most")
 
 
 def test_a_hundred_errors_are_counted_and_not_all_shown(
