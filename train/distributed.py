@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,25 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP2"
     return "one process" if accelerator.num_processes == 1 else "DDP"
+
+
+@contextmanager
+def loading(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
+    """Around the loading of a base. ZeRO-3 shards weights as they are loaded, in the dtype that its config names.
+
+    That dtype must not stand there later: the adapters would be cast to it.
+    """
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    config = getattr(getattr(plugin, "dschf", None), "config", None)
+    if config is None or dtype is not torch.bfloat16:
+        yield
+        return
+    before = config.get("bf16")
+    config["bf16"] = {"enabled": True}
+    try:
+        yield
+    finally:
+        config["bf16"] = before or {"enabled": False}
 
 
 def shards_base(accelerator: Accelerator) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -116,18 +117,14 @@ def load_examples(
     identity = [VERSION, str(spec), content, renders, list(roles), str(prefix_writer), max_length]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     place = cache_root() / "examples" / f"{key}.safetensors"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(place.with_suffix(".lock")):
+    with _locked(place):
         found = Examples.read(place)
         if found is None:
-            examples, facts = _render(spec, renderer, roles, prefix_writer, max_length)
-            try:
+            found = examples, facts = _render(spec, renderer, roles, prefix_writer, max_length)
+            with suppress(UserError, OSError):  # a full disk, or a folder that is not ours: this run goes on without
                 examples.write(place, facts)
-            except UserError:  # a full disk: this run goes on without
-                found = examples, facts
-            else:
                 _forget_the_oldest(place.parent)
-                found = Examples.read(place) or (examples, facts)
+                found = Examples.read(place) or found
     examples, facts = found
     if (row := facts.get("per_role_only")) and objective != "per_role":
         raise UserError(
@@ -135,6 +132,20 @@ def load_examples(
             "give whole trajectories as `messages`."
         )
     return examples
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """One process renders while others wait. Where the cache cannot be written to, each does its own work."""
+    lock = filelock.FileLock(place.with_suffix(".lock"))
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
 
 
 def _forget_the_oldest(folder: Path) -> None:

@@ -30,7 +30,15 @@ from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan
 from lragent.train.compiling import compile_elementwise, wants_compiling
 from lragent.train.curves import draw
 from lragent.train.data import Example
-from lragent.train.distributed import Workers, check_engine, engine_name, make_accelerator, make_workers, shards_base
+from lragent.train.distributed import (
+    Workers,
+    check_engine,
+    engine_name,
+    loading,
+    make_accelerator,
+    make_workers,
+    shards_base,
+)
 from lragent.train.evaluation import EvalScores
 from lragent.train.examples import Examples, load_examples
 from lragent.train.export import CURVES, PACK, PEFT, RunResult, adapter_set, export
@@ -221,9 +229,9 @@ class _Training:
         settings = self.settings
         register_attention()
         set_seed(settings.seed)
-        base = load_model(
-            self.source, DTYPES[settings.dtype], self.accelerator.device, ATTENTION, quantize=settings.quantize
-        )
+        dtype = DTYPES[settings.dtype]
+        with loading(self.accelerator, dtype):
+            base = load_model(self.source, dtype, self.accelerator.device, ATTENTION, quantize=settings.quantize)
         flops = ModelFlops(base)
         built = build_role_model(
             base,

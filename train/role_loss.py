@@ -85,26 +85,27 @@ class RoleLoss(nn.Module):
         with self._built.router.use(route):
             if self._head_alone:
                 states = base.get_decoder()(**inputs).last_hidden_state[0][counted]
-                losses, likeliest = self._through_head(base.get_output_embeddings(), states, targets[counted])
+                losses, likeliest = self._through_head(base.get_output_embeddings(), states, targets[counted], judge)
             else:
                 logits = base(**inputs, logits_to_keep=counted).logits[0]
-                losses, likeliest = _TokenLosses.apply(logits, targets[counted]), logits.argmax(-1)
+                losses = _TokenLosses.apply(logits, targets[counted])
+                likeliest = logits.argmax(-1) if judge else None
         onehot = loss_roles[counted] == torch.arange(len(self._built.roles) + 1, device=losses.device).unsqueeze(-1)
         sums: torch.Tensor = onehot.to(losses.dtype) @ losses  # not by index_add, whose order differs from run to run
-        if not judge:
+        if likeliest is None:
             return sums
         right = torch.ones_like(targets, dtype=torch.bool)
         right[counted] = likeliest == targets[counted]
         return sums, right
 
     def _through_head(
-        self, head: nn.Module, states: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """states: [n, d]; targets: [n]. Returns losses and likeliest tokens, [n] each."""
+        self, head: nn.Module, states: torch.Tensor, targets: torch.Tensor, judge: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """states: [n, d]; targets: [n]. Returns losses and, with `judge`, likeliest tokens, [n] each."""
 
-        def some(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def some(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             logits = head(part)
-            return _TokenLosses.apply(logits, wanted), logits.detach().argmax(-1)
+            return _TokenLosses.apply(logits, wanted), logits.detach().argmax(-1) if judge else None
 
         vocabulary = self.model.get_base_model().config.vocab_size
         rows = max(1, LOGITS_AT_ONCE.get(states.device.type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
@@ -115,7 +116,7 @@ class RoleLoss(nn.Module):
             for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
         ]
         losses, likeliest = zip(*pieces, strict=True)
-        return torch.cat(losses), torch.cat(likeliest)
+        return torch.cat(losses), torch.cat(likeliest) if judge else None
 
 
 def _is_plain_head(base: nn.Module) -> bool:

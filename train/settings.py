@@ -17,7 +17,8 @@ class TrainSettings:
     """One training run. Its steps learn the same on any number of processes."""
 
     data: Path
-    """JSONL or Parquet file of trajectories."""
+    """Trajectories: a JSONL or Parquet file, a folder or pattern of them, or a dataset of the hub (org/name,
+    org/name:config@split)."""
     out: Path
     """Folder for the pack, the PEFT folders, the metrics and the model card; it must be new or empty. While the run
     lasts, its checkpoints lie beside it in a folder of that name with `.partial` at the end."""

@@ -47,9 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InterruptedRun as interrupted:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 128 + interrupted.number
+    finally:
+        _leave_processes()
     if summary is not None:
         print(json.dumps(summary), flush=True)
     return 0
+
+
+def _leave_processes() -> None:
+    """Say good-bye to the other processes of the run: some libraries abort a program that does not."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and two of other kinds.
+"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and three others.
 
 Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: the output folders
-`whole/`, `resumed/`, `sequential/` and `frozen/`. The last line of output is the engine's name.
+`whole/`, `resumed/`, `sequential/`, `short/` and `frozen/`. The last line of output is the engine's name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lragent.train.settings import TrainSettings
 STEPS, STOP = 5, 3
 SEQUENTIAL = {"objective": "per_role", "tying": "sequential", "max_steps": 2, "recompute": True}
 FROZEN = {"objective": "shared", "tying": "frozen", "a_init": "svd", "max_steps": 2}
+SHORT = {"objective": "shared", "max_steps": 2, "dtype": "bf16"}
 
 
 def settings(given: Path, out: Path, **more: object) -> TrainSettings:
@@ -48,6 +49,21 @@ def interrupt_after(steps: int) -> None:
     run.PhaseRun._step = stepped  # type: ignore[method-assign,assignment]
 
 
+def watch_dtypes() -> None:
+    """Print, once and for the main process, which dtypes the base and the adapters of a run have."""
+    prepared = run.PhaseRun.run
+
+    def told(self: run.PhaseRun) -> None:
+        parameters = list(self.workers.built.model.parameters())
+        learns = sorted({str(p.dtype) for p in parameters if p.requires_grad})
+        frozen = sorted({str(p.dtype) for p in parameters if not p.requires_grad})
+        if self.accelerator.is_main_process:
+            print("dtypes:", *frozen, *learns, flush=True)
+        prepared(self)
+
+    run.PhaseRun.run = told  # type: ignore[method-assign]
+
+
 def main() -> None:
     given, out = Path(sys.argv[1]), Path(sys.argv[2])
     train(settings(given, out / "whole"))
@@ -61,10 +77,13 @@ def main() -> None:
     run.PhaseRun._step = before  # type: ignore[method-assign]
     train(settings(given, out / "resumed"), resume=True)
     train(settings(given, out / "sequential", **SEQUENTIAL))
+    watch_dtypes()
+    train(settings(given, out / "short", **SHORT))
     try:
         train(settings(given, out / "frozen", **FROZEN))
     except UserError as error:
-        print(error, flush=True)
+        if PartialState().is_main_process:
+            print(error, flush=True)
     if PartialState().is_main_process:
         print(engine_name(Accelerator()), flush=True)
     if dist.is_initialized():

@@ -100,6 +100,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     assert len(load(write(tmp_path / "full.jsonl", 2))) == 2
 
 
+def test_where_there_can_be_no_cache_each_run_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(module, "cache_root", lambda: tmp_path / "file")
+    assert len(load(write(tmp_path / "d.jsonl", 2))) == 2
+
+
 def _render(path: Path, results: Any) -> None:
     results.put(load(path).digest)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launched import FROZEN, SEQUENTIAL, STEPS, settings
+from launched import FROZEN, SEQUENTIAL, SHORT, STEPS, settings
 from test_loop import rows
 from tiny import save_tiny
 
@@ -55,6 +55,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(settings(folder, folder / "alone"))
     train(settings(folder, folder / "sequential", **SEQUENTIAL))
     train(settings(folder, folder / "frozen", **FROZEN))
+    train(settings(folder, folder / "short", **SHORT))
     return folder
 
 
@@ -91,7 +92,8 @@ def test_two_processes_learn_what_one_does_and_go_on_after_an_interruption(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == ENGINES[config.removesuffix("_offload.yaml").removesuffix(".yaml")]
     assert len(steps(given / "alone")) == STEPS
-    runs = {"whole": "alone", "resumed": "alone", "sequential": "sequential", "frozen": "frozen"}
+    runs = {"whole": "alone", "resumed": "alone", "sequential": "sequential", "frozen": "frozen", "short": "short"}
+    assert "dtypes: torch.bfloat16 torch.float32" in done.stdout, "a base in its own dtype, adapters in float32"
     if "zero3" in config:
         assert "`a_init: svd` does not go with ZeRO-3" in done.stdout
         del runs["frozen"]
@@ -101,15 +103,18 @@ def test_two_processes_learn_what_one_does_and_go_on_after_an_interruption(
         for one, other in zip(mine, alone, strict=True):
             assert (one["tokens"], one["targets"]) == (other["tokens"], other["targets"])
             assert one.keys() == other.keys()
+            rounding = 5e-3 if name == "short" else 2e-4  # bfloat16 is summed in another order
             for part in one.keys() - MACHINE:
-                assert one[part] == pytest.approx(other[part], rel=2e-4), f"{name}, step {one['step']}, {part}"
+                assert one[part] == pytest.approx(other[part], rel=rounding), f"{name}, step {one['step']}, {part}"
         first, last = evaluations(tmp_path / name)
         for one, other in zip((first, last), evaluations(given / reference), strict=True):
             for kind, by_role in other["eval"].items():
-                assert one["eval"][kind] == pytest.approx(by_role, rel=2e-4)
-            assert one["eval_accuracy"] == other["eval_accuracy"]
+                assert one["eval"][kind] == pytest.approx(by_role, rel=rounding)
+            if name != "short":
+                assert one["eval_accuracy"] == other["eval_accuracy"]
         got, want = read_pack(tmp_path / name / "pack.safetensors"), read_pack(given / reference / "pack.safetensors")
         for path in want.module_paths:
-            torch.testing.assert_close(got.shared_a[path], want.shared_a[path], atol=2e-4, rtol=2e-3)
-            torch.testing.assert_close(got.role_b[path], want.role_b[path], atol=2e-4, rtol=2e-3)
+            if name != "short":  # where a gradient is near zero, AdamW's first steps go by its sign
+                torch.testing.assert_close(got.shared_a[path], want.shared_a[path], atol=2e-4, rtol=2e-3)
+                torch.testing.assert_close(got.role_b[path], want.role_b[path], atol=2e-4, rtol=2e-3)
         assert not (tmp_path / f"{name}.partial").exists()

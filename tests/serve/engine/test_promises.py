@@ -24,7 +24,7 @@ from lragent.routing import Route
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.types import FinishReason
 from lragent.tied_lora import build_role_model
-from lragent.train.data import load_examples
+from lragent.train.examples import load_examples
 
 ALL = ("base", *ROLES)
 
