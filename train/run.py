@@ -299,9 +299,10 @@ class PhaseRun:
 
     def _tell(self, bar: tqdm, row: dict[str, Any], progress: float) -> None:
         self._log(row)
+        roles = ", ".join(f"{role} {row[f'loss_{role}']:.2f}" for role in self.phase.roles if f"loss_{role}" in row)
         mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
         bar.set_postfix_str(
-            f"step {row['step']}, loss {row['loss']:.3f}, gradient {row['grad_norm']:.2g}, "
+            f"step {row['step']}, loss {row['loss']:.3f} ({roles}), gradient {row['grad_norm']:.2g}, "
             f"{row['tokens_per_second']:.0f} tokens/s{mfu}, {row['memory_gib']:.1f} GiB",
             refresh=False,
         )

@@ -10,6 +10,7 @@ import torch
 from tiny import save_tiny
 
 from lragent.bench import learning, training
+from lragent.train.compiling import compile_elementwise
 from lragent.train.data import RoleViews
 
 TOKENS = 1_100
@@ -56,6 +57,20 @@ def test_compiled_parts_compute_the_same() -> None:
         for one_pass in (True, False):
             one, other = plain.step(batch, one_pass), compiled.step(batch, one_pass)
             assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> object:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    made = training.Trainee.of("tiny", torch.device("cpu"), torch.float32, compiled=False, recompute=False)
+    batch = training.pack([training.trajectory(TOKENS, 300, 1)])
+    plain = made.step(batch, True)
+    other = training.Trainee.of("tiny", torch.device("cpu"), torch.float32, compiled=False, recompute=False)
+    compile_elementwise(other.built)
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", broken)
+    assert other.step(batch, True) == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.slow
