@@ -1,6 +1,8 @@
 """Shared fixtures: tiny random models that run in milliseconds."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -22,3 +24,14 @@ def _seeded() -> None:
 def _one_thread() -> None:
     """On tiny models threads only wait for one another: ten times slower wherever another process is at work."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Rendered examples are kept in a cache of the test run's own; converted models are not: that takes too long."""
+    from lragent.train import examples
+
+    root = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(examples, "cache_root", lambda: root)
+        yield root

@@ -74,10 +74,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_the_experiment_runs_goes_on_and_is_merged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LRAGENT_CACHE", str(tmp_path / "cache"))
+def test_the_experiment_runs_goes_on_and_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny(tmp_path / "tiny")
     words = [
         "--model", str(model), "--level", "demo", "--examples", "12", "--held-out", "3", "--generated", "1",

@@ -54,7 +54,6 @@ def test_healing_writes_a_tied_pack_that_learnt_something(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """These roles predict no turn at all, so there is no gap: here it is made one that nothing closes."""
-    monkeypatch.setenv("LRAGENT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(EvalScores, "accuracy", lambda self, kind, role="all": 2.0 if kind == "per_role" else 0.0)
     assert main(words(given, tmp_path / "healed", "--lr", "0.02", "--epochs", "3")) == 0
     out = capsys.readouterr().out
@@ -77,10 +76,7 @@ def test_healing_writes_a_tied_pack_that_learnt_something(
     assert all(torch.equal(folders.shared_a[p], healed.shared_a[p]) for p in healed.module_paths)
 
 
-def test_a_gap_that_is_none_is_closed_at_once(
-    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LRAGENT_CACHE", str(tmp_path / "cache"))
+def test_a_gap_that_is_none_is_closed_at_once(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(given, tmp_path / "healed", "--tolerance", "100", "--generated", "0")) == 0
     out = capsys.readouterr().out
     assert "The gap is closed; 0 tokens" in out
