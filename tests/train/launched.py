@@ -1,7 +1,8 @@
 """What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and three others.
 
 Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: the output folders
-`whole/`, `resumed/`, `sequential/`, `short/` and `frozen/`. The last line of output is the engine's name.
+`whole/`, `resumed/`, `sequential/`, `short/` and `frozen/`, and `left.partial/`, an interrupted run. The last line of
+output is the engine's name.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ def main() -> None:
     train(settings(given, out / "whole"))
     before = run.PhaseRun._step
     interrupt_after(STOP)
-    try:
-        train(settings(given, out / "resumed"))
-        raise AssertionError("nothing interrupted the run")
-    except InterruptedRun:
-        pass
+    for name in ("resumed", "left"):
+        try:
+            train(settings(given, out / name))
+            raise AssertionError("nothing interrupted the run")
+        except InterruptedRun:
+            pass
     run.PhaseRun._step = before  # type: ignore[method-assign]
     train(settings(given, out / "resumed"), resume=True)
     train(settings(given, out / "sequential", **SEQUENTIAL))

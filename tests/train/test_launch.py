@@ -92,7 +92,15 @@ def test_two_processes_learn_what_one_does_and_go_on_after_an_interruption(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == ENGINES[config.removesuffix("_offload.yaml").removesuffix(".yaml")]
     assert len(steps(given / "alone")) == STEPS
-    runs = {"whole": "alone", "resumed": "alone", "sequential": "sequential", "frozen": "frozen", "short": "short"}
+    train(settings(given, tmp_path / "left"), resume=True)  # what two processes left, by one
+    runs = {
+        "whole": "alone",
+        "resumed": "alone",
+        "left": "alone",
+        "sequential": "sequential",
+        "frozen": "frozen",
+        "short": "short",
+    }
     assert "dtypes: torch.bfloat16 torch.float32" in done.stdout, "a base in its own dtype, adapters in float32"
     if "zero3" in config:
         assert "`a_init: svd` does not go with ZeRO-3" in done.stdout
