@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import random
 import statistics
 import tempfile
 import time
@@ -333,7 +332,6 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
         deadline = time.monotonic() + (args.time_limit or float("inf"))
         seeds = [int(seed) for seed in args.seeds.split(",")]
-        random.seed(0)
         for _ in run_cells(plan, seeds, regimes, args.records, deadline, console.print):
             pass
         records = records_of(args.records)

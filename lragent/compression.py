@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lragent.adapter_set import AdapterSet, RoleSpec
 from lragent.errors import UserError
+from lragent.stacking import with_ranks
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def compress(adapters: AdapterSet, rank: int) -> Compressed:
     smaller = dataclasses.replace(
         adapters,
         form="tied",
-        roles=tuple(_with_ranks(role, ranks) for role in adapters.roles),
+        roles=tuple(with_ranks(role, ranks, {p: _scaling(role, p) for p in ranks}) for role in adapters.roles),
         shared_a=shared_a,
         role_b=role_b,
     )
@@ -74,18 +75,3 @@ def _best(a: Tensor, scaled: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 def _scaling(role: RoleSpec, path: str) -> float:
     """A role's factor on B; 1 where it does not adapt the module, whose B is zero, or takes nothing from it."""
     return (role.scaling(path) if role.adapts(path) else 0.0) or 1.0
-
-
-def _with_ranks(role: RoleSpec, ranks: dict[str, int]) -> RoleSpec:
-    """The role with these ranks and the scalings that it had."""
-    rank = max(ranks.values())
-    alphas = {p: _scaling(role, p) * (r**0.5 if role.rslora else r) for p, r in ranks.items()}
-    alpha = alphas[next(p for p in ranks if ranks[p] == rank)]
-    return dataclasses.replace(
-        role,
-        rank=rank,
-        alpha=alpha,
-        rank_pattern={p: r for p, r in ranks.items() if r != rank},
-        alpha_pattern={p: a for p, a in alphas.items() if a != alpha},
-        rows=None,
-    )

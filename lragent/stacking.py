@@ -7,7 +7,7 @@ The A's of all roles are laid one under the other, and each role's B keeps its c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -95,13 +95,15 @@ def as_tied(adapters: AdapterSet) -> AdapterSet:
     """
     if adapters.form == "tied":
         return adapters
-    return dataclasses.replace(adapters, form="tied", roles=tuple(_widen(adapters, role) for role in adapters.roles))
-
-
-def _widen(adapters: AdapterSet, role: RoleSpec) -> RoleSpec:
     ranks = {path: adapters.rank(path) for path in adapters.module_paths}
+    roles = [with_ranks(role, ranks, {path: role.scaling(path) for path in ranks}) for role in adapters.roles]
+    return dataclasses.replace(adapters, form="tied", roles=tuple(roles))
+
+
+def with_ranks(role: RoleSpec, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> RoleSpec:
+    """The role as one of a tied set with these ranks, by module path; alphas become what gives these scalings."""
     rank = max(ranks.values())
-    alphas = {p: role.scaling(p) * (ranks[p] ** 0.5 if role.rslora else ranks[p]) for p in ranks}
+    alphas = {p: scalings[p] * (r**0.5 if role.rslora else r) for p, r in ranks.items()}
     alpha = alphas[next(p for p in ranks if ranks[p] == rank)]
     return dataclasses.replace(
         role,
