@@ -74,7 +74,7 @@ class Checkpoints:
 
         Whatever happens, checkpoints that were there before stay readable.
         """
-        folder = self.place / f"step-{checkpoint.progress.done:08d}"
+        folder = self.folder(checkpoint.progress.done)
         if folder.is_dir():  # of the run that this one goes on from
             if _whole(folder):  # equal plans give equal checkpoints
                 return folder
@@ -97,6 +97,10 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         shutil.rmtree(aside)
+
+    def folder(self, done: int) -> Path:
+        """Where the checkpoint after so many steps lies."""
+        return self.place / f"step-{done:08d}"
 
     def folders(self) -> list[Path]:
         """All checkpoints, newest first, good or not."""

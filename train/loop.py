@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from lragent.adapter_set import Objective
 from lragent.atomic import new_folder, refuse_existing
@@ -26,7 +26,7 @@ from lragent.errors import UserError
 from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.check import balance
-from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan
+from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan, read_checkpoint
 from lragent.train.compiling import compile_elementwise, wants_compiling
 from lragent.train.curves import draw
 from lragent.train.data import Example
@@ -89,9 +89,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
     _check_roles(settings, examples)
     held_out = _load(settings.eval_data, settings, renderer) if settings.eval_data else None
     plan = _plan(settings, accelerator, source, examples, held_out)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default" if accelerator.is_main_process else "ignore")
-        checkpoint = checkpoints.newest() if resume else None
+    checkpoint = _newest(checkpoints, accelerator) if resume else None
     if checkpoint is not None:
         check_plan(plan, checkpoint.progress.plan)
     with _place(partial, accelerator), Interrupt().watched() as interrupt:
@@ -120,6 +118,15 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
         return None
     pack, peft = settings.out / PACK, settings.out / PEFT
     return asdict(result) | {"out": str(settings.out), "pack": str(pack), "peft": str(peft)}
+
+
+def _newest(checkpoints: Checkpoints, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest whole checkpoint as the main process sees it: a file system may show others another one."""
+    chosen = checkpoints.newest() if accelerator.is_main_process else None
+    done = broadcast_object_list([None if chosen is None else chosen.progress.done])[0]
+    if accelerator.is_main_process or done is None:
+        return chosen
+    return read_checkpoint(checkpoints.folder(done))
 
 
 def _check(settings: TrainSettings, accelerator: Accelerator) -> None:

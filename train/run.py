@@ -275,6 +275,7 @@ class PhaseRun:
                 self.checkpoints.write(Checkpoint(progress, state, self.past.rows))
             except UserError as error:
                 warnings.warn(f"no checkpoint of step {self.past.done}: {error}", CheckpointWarning, stacklevel=2)
+        self.accelerator.wait_for_everyone()  # one that ended now could take the one that writes with it
         self._saved = self.past.step, time.monotonic()
 
     def _stop(self) -> None:
