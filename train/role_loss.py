@@ -7,7 +7,8 @@ through its own `B`. `per_role` trains as `non_shared` serves: each role alone o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,9 +30,6 @@ FLOATS_AT_ONCE = 1 << 22
 LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Logits that exist at one time, in the dtype of the base, by the type of the device."""
 
-_RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings of models that do something to the logits after the head."""
-
 
 class RoleLoss(nn.Module):
     """The losses of a flat batch under its roles. A module, so that accelerate can wrap it for several processes."""
@@ -42,7 +40,8 @@ class RoleLoss(nn.Module):
         self.model = built.model
         self._built = built
         base = built.model.get_base_model()
-        self._head_alone = _is_plain_head(base)
+        decoder = base.get_decoder()
+        self._decoder = next(path for path, module in base.named_modules() if module is decoder)
         if recompute:
             # transformers is giving this function a new name.
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -83,29 +82,27 @@ class RoleLoss(nn.Module):
             "use_cache": False,
         }
         with self._built.router.use(route):
-            if self._head_alone:
-                states = base.get_decoder()(**inputs).last_hidden_state[0][counted]
-                losses, likeliest = self._through_head(base.get_output_embeddings(), states, targets[counted], judge)
-            else:
-                logits = base(**inputs, logits_to_keep=counted).logits[0]
-                losses = _TokenLosses.apply(logits, targets[counted])
-                likeliest = logits.argmax(-1) if judge else None
+            outputs = base.get_decoder()(**inputs)
+        logits_of = _after_decoder(base, self._decoder, type(outputs))
+        states, wanted = outputs.last_hidden_state[0][counted], targets[counted]
+        losses, likeliest = self._losses(logits_of, states, wanted, judge)
         onehot = loss_roles[counted] == torch.arange(len(self._built.roles) + 1, device=losses.device).unsqueeze(-1)
         sums: torch.Tensor = onehot.to(losses.dtype) @ losses  # not by index_add, whose order differs from run to run
-        if likeliest is None:
+        if not judge:
             return sums
         right = torch.ones_like(targets, dtype=torch.bool)
-        right[counted] = likeliest == targets[counted]
+        right[counted] = likeliest == wanted
         return sums, right
 
-    def _through_head(
-        self, head: nn.Module, states: torch.Tensor, targets: torch.Tensor, judge: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """states: [n, d]; targets: [n]. Returns losses and, with `judge`, likeliest tokens, [n] each."""
+    def _losses(
+        self, logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor, judge: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """states: [n, d]; targets: [n]. Returns losses [n] and, with `judge`, likeliest tokens [n], else none [0]."""
 
-        def some(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            logits = head(part)
-            return _TokenLosses.apply(logits, wanted), logits.detach().argmax(-1) if judge else None
+        def some(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = logits_of(part)
+            likeliest = logits.detach().argmax(-1) if judge else wanted[:0]
+            return _TokenLosses.apply(logits, wanted), likeliest
 
         vocabulary = self.model.get_base_model().config.vocab_size
         rows = max(1, LOGITS_AT_ONCE.get(states.device.type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
@@ -116,13 +113,48 @@ class RoleLoss(nn.Module):
             for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
         ]
         losses, likeliest = zip(*pieces, strict=True)
-        return torch.cat(losses), torch.cat(likeliest) if judge else None
+        return torch.cat(losses), torch.cat(likeliest)
 
 
-def _is_plain_head(base: nn.Module) -> bool:
-    """Whether a model's logits are what its head gives for the decoder's last states, and nothing else."""
-    config: Any = base.config
-    return not any(getattr(config, name, None) not in (None, 1.0) for name in _RESCALED)
+def _after_decoder(base: nn.Module, path: str, outputs: type[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a transformers model makes of its decoder's last states [n, d]: logits [n, vocabulary].
+
+    path: the decoder's name in the model. outputs: the type of what it returns. The model's own `forward` runs, on a
+    copy that shares all modules but the decoder, in whose place the states at hand are given: so models that cap or
+    scale their logits do so here too, and the head is called as a module, as its weight may have to be gathered.
+    """
+    rest = at = _shallow(base)
+    *parents, name = path.split(".")
+    for parent in parents:
+        copied = _shallow(at.get_submodule(parent))
+        at._modules[parent] = copied
+        at = copied
+    at._modules[name] = _Given(outputs)
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        # Not called as a module: hooks that hang on the model as a whole are not to run for every piece.
+        logits: torch.Tensor = type(base).forward(rest, inputs_embeds=states.unsqueeze(0), use_cache=False).logits[0]
+        return logits
+
+    return logits_of
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy that shares everything, and whose parts can be exchanged."""
+    made = copy.copy(module)
+    made._modules = dict(module._modules)
+    return made
+
+
+class _Given(nn.Module):
+    """In the place of a decoder: its input is its last state."""
+
+    def __init__(self, outputs: type[Any]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        return self._outputs(last_hidden_state=inputs_embeds)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -136,21 +168,24 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows = max(1, FLOATS_AT_ONCE // logits.shape[1])
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        ctx.grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for start in range(0, logits.shape[0], rows):
             part = logits[start : start + rows].to(torch.float32, copy=True)
             wanted = targets[start : start + rows].unsqueeze(-1)
             total = part.logsumexp(-1, keepdim=True)
             losses[start : start + rows] = (total - part.gather(-1, wanted)).squeeze(-1)
-            if ctx.grad is not None:
+            if grad is not None:
                 part.sub_(total).exp_().scatter_add_(-1, wanted, torch.full_like(total, -1.0))
-                ctx.grad[start : start + rows] = part
+                grad[start : start + rows] = part
+        # As a saved tensor, so that checkpointing can let go of it: the gradients of all pieces are as large as all
+        # logits.
+        ctx.save_for_backward(grad)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own, ctx.grad = ctx.grad, None
+        (own,) = ctx.saved_tensors
         return own.mul_(grad.unsqueeze(-1).to(own.dtype)), None
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from reference import reference_logits
 from tiny import make_adapter_set, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, OPTConfig
 
 from lragent.adapter_set import AdapterSet
 from lragent.attention import ATTENTION, register_attention
@@ -112,6 +114,33 @@ def test_losses_and_their_gradient_are_those_of_cross_entropy(monkeypatch: pytes
     torch.testing.assert_close(grad, torch.autograd.grad((plain * weights).sum(), logits)[0])
 
 
+TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+HEADS = {
+    "plain": (LlamaConfig, {}),
+    "plain, and tied to the embeddings": (LlamaConfig, {"tie_word_embeddings": True}),
+    "capped": (Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 16, "num_key_value_heads": 1}),
+    "divided": (GraniteConfig, {"logits_scaling": 8.0}),
+    "multiplied": (CohereConfig, {"logit_scale": 0.25}),
+    "of a decoder within the decoder": (OPTConfig, {"word_embed_proj_dim": 32, "ffn_dim": 48}),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_comes_after_the_decoder_is_the_models_own(kind: str) -> None:
+    config, own = HEADS[kind]
+    model = AutoModelForCausalLM.from_config(config(**TINY, **own, pad_token_id=0)).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).mul_(10)  # so that a cap can be felt
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    ids = torch.randint(3, 300, (1, 9))
+    outputs = decoder(input_ids=ids, use_cache=False)
+    logits_of = role_loss._after_decoder(model, path, type(outputs))
+    want = model(input_ids=ids, use_cache=False).logits[0]
+    torch.testing.assert_close(logits_of(outputs.last_hidden_state[0, 4:]), want[4:])
+    assert model.get_decoder() is decoder
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_head_in_pieces_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, gradients and what is likeliest; Gemma's logits, which are capped after the head, come from the model."""
@@ -128,6 +157,27 @@ def test_the_head_in_pieces_gives_the_same(family: str, monkeypatch: pytest.Monk
     assert torch.equal(right, right_)
     for grad, grad_ in zip(grads, grads_, strict=True):
         torch.testing.assert_close(grad, grad_, atol=1e-5, rtol=1e-3)
+
+
+def test_nothing_as_large_as_all_logits_outlives_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither logits nor their gradients."""
+    kept: list[StorageWeakRef] = []
+    empty_like = torch.empty_like
+
+    def recorded(tensor: torch.Tensor) -> torch.Tensor:
+        made = empty_like(tensor)
+        kept.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+    monkeypatch.setattr(torch, "empty_like", recorded)
+    monkeypatch.setitem(role_loss.LOGITS_AT_ONCE, "cpu", 3 * 300)
+    batch = pack(TEAM)
+    sums = RoleLoss(build(make_adapter_set(tiny_model(), ROLES)))(**loss_inputs(batch, one_pass=True))
+    pieces = -(-int((batch.targets != -100).sum()) // 3)
+    assert len(kept) == pieces > 1
+    assert all(one.expired() for one in kept)
+    sums.sum().backward()
+    assert len(kept) == 2 * pieces, "each is worked out again"
 
 
 def test_what_is_judged_right_is_the_likeliest_token() -> None:
