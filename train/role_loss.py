@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -95,7 +96,11 @@ class RoleLoss(nn.Module):
         return sums, right
 
     def _losses(
-        self, logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor, judge: bool
+        self,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        judge: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """states: [n, d]; targets: [n]. Returns losses [n] and, with `judge`, likeliest tokens [n], else none [0]."""
 
@@ -104,16 +109,28 @@ class RoleLoss(nn.Module):
             likeliest = logits.detach().argmax(-1) if judge else wanted[:0]
             return _TokenLosses.apply(logits, wanted), likeliest
 
-        vocabulary = self.model.get_base_model().config.vocab_size
-        rows = max(1, LOGITS_AT_ONCE.get(states.device.type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
-        if len(targets) <= rows:
+        base = self.model.get_base_model()
+        rows = max(1, LOGITS_AT_ONCE.get(states.device.type, LOGITS_AT_ONCE["cpu"]) // base.config.vocab_size)
+        number = _agreed(max(1, -(-len(targets) // rows)), base.get_output_embeddings())
+        if number == 1:
             return some(states, targets)
-        pieces = [
-            checkpoint(some, part, wanted, use_reentrant=False)
-            for part, wanted in zip(states.split(rows), targets.split(rows), strict=True)
-        ]
+        cuts = [slice(at * rows, (at + 1) * rows) for at in range(number)]
+        pieces = [checkpoint(some, states[cut], targets[cut], use_reentrant=False) for cut in cuts]
         losses, likeliest = zip(*pieces, strict=True)
         return torch.cat(losses), torch.cat(likeliest)
+
+
+def _agreed(number: int, head: nn.Module) -> int:
+    """In how many pieces the head runs: at least `number`, and in every process that gathers its weight, as many.
+
+    Under ZeRO-3 each call of the head gathers the weight from all processes, which would wait for one another for ever
+    if some had more pieces than others.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
+        return number
+    most = torch.tensor(number, device=next(head.parameters()).device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _after_decoder(base: nn.Module, path: str, outputs: type[Any]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
 from lragent.errors import UserError
-from lragent.train import run
+from lragent.train import role_loss, run
 from lragent.train.distributed import engine_name
 from lragent.train.interrupt import InterruptedRun
 from lragent.train.loop import train
@@ -67,6 +67,7 @@ def watch_dtypes() -> None:
 
 def main() -> None:
     given, out = Path(sys.argv[1]), Path(sys.argv[2])
+    role_loss.LOGITS_AT_ONCE["cpu"] = 10 * 300  # several pieces, and not as many in every process
     train(settings(given, out / "whole"))
     before = run.PhaseRun._step
     interrupt_after(STOP)
