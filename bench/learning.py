@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from lragent.chat import Renderer
 from lragent.errors import UserError
 from lragent.eval.agent import ROLES
 from lragent.eval.generate import EVAL_FILE, TRAIN_FILE, with_counts, write_data_set
-from lragent.eval.heal import heal_adapters
+from lragent.eval.heal import SERVED, heal_adapters
 from lragent.eval.intervals import wilson
 from lragent.eval.levels import level_named
 from lragent.eval.next_step import next_steps
@@ -41,7 +42,7 @@ from lragent.serve import Engine
 from lragent.stacking import stack
 from lragent.tied_lora import build_role_model, role_model_from
 from lragent.train.data import Example, RoleViews
-from lragent.train.distributed import make_accelerator
+from lragent.train.distributed import make_accelerator, matrices
 from lragent.train.evaluation import EvalScores, evaluate
 from lragent.train.examples import load_examples
 from lragent.train.loop import DTYPES, fit, train
@@ -49,7 +50,6 @@ from lragent.train.role_loss import RoleLoss
 from lragent.train.settings import TrainSettings
 from lragent.train.tasks import Tasks
 
-MODES = {"per_role": "non_shared", "shared": "base_lr_shared"}
 REGIMES = {
     "per_role": "per_role, joint A",
     "shared": "shared, joint A",
@@ -106,16 +106,17 @@ class Lab:
         record = {"seed": self.seed, "regime": regime, "plan": dataclasses.asdict(self.plan), **facts}
         record["train_s"] = round(seconds, 1)
         record["predicted"] = self._predicted(read_pack(pack))
-        record["generated"] = {mode: self._generated(pack, mode) for mode in MODES.values()} if self.gold else {}
+        record["generated"] = {mode: self._generated(pack, mode) for mode in SERVED.values()} if self.gold else {}
         record["measure_s"] = round(time.monotonic() - began - seconds, 1)
         return record
 
     # -- regimes -------------------------------------------------------------------------------------------------
 
     def _settings(self, objective: str, **more: Any) -> TrainSettings:
+        """What all regimes have in common; `out` is for those that write something."""
         plan = self.plan
         return TrainSettings(
-            data=self.folder / "world" / TRAIN_FILE, out=self.folder / f"out-{objective}-{len(more)}", model=plan.model,
+            data=self.folder / "world" / TRAIN_FILE, out=self.folder / "run", model=plan.model,
             dtype=plan.dtype, rank=plan.rank, alpha=2.0 * plan.rank, dropout=0.0, epochs=plan.epochs, lr=plan.lr,
             tokens_per_batch=plan.tokens_per_batch, seed=self.seed, compile=False,
             **({"objective": objective, "roles": ROLES} | more),
@@ -125,6 +126,7 @@ class Lab:
         summary = train(settings)
         assert summary is not None, "there is one process"
         Path(summary["pack"]).rename(pack)
+        shutil.rmtree(summary["out"])
         return pack, {"tokens": summary["tokens"], "steps": summary["steps"]}
 
     def _per_role(self, pack: Path) -> tuple[Path, dict[str, Any]]:
@@ -146,8 +148,9 @@ class Lab:
             set_seed(1_000 * self.seed + number)
             model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
             built = build_role_model(model, [role], rank=self.plan.rank, alpha=2.0 * self.plan.rank)
-            views = [_as_first(view) for view in RoleViews(self.examples).of(frozenset({number}))]
+            views = [_as_first(view) for view in RoleViews(self.examples, {number})]
             done = fit(self._settings("per_role", roles=(role,)), built, views)
+            shared_a, role_b = matrices(built, done.weights)
             singles.append(
                 AdapterSet(
                     base_model=self.source.name,
@@ -155,8 +158,8 @@ class Lab:
                     form="tied",
                     targets=built.targets,
                     roles=(RoleSpec(role, 2.0 * self.plan.rank, self.plan.rank),),
-                    shared_a={path: done.weights[f"{path}.shared_A"] for path in built.modules},
-                    role_b={path: done.weights[f"{path}.role_B.{role}"][None] for path in built.modules},
+                    shared_a=shared_a,
+                    role_b=role_b,
                 )
             )
             tokens, steps = tokens + done.result.tokens, steps + done.result.steps
@@ -190,7 +193,7 @@ class Lab:
         scores: EvalScores = evaluate(RoleLoss(built), tasks, ROLES, make_accelerator())
         return {
             mode: {"right": scores.right[kind], "turns": scores.turns[kind], "loss": scores.losses[kind]}
-            for kind, mode in MODES.items()
+            for kind, mode in SERVED.items()
         }
 
     def _generated(self, pack: Path, mode: str) -> dict[str, Any]:
@@ -252,7 +255,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "tokens": statistics.mean(cell["tokens"] for cell in cells),
         }  # fmt: skip
         for way in ("predicted", "generated"):
-            for mode in MODES.values():
+            for mode in SERVED.values():
                 parts = [cell[way][mode] for cell in cells if mode in cell[way]]
                 if not parts:
                     continue
@@ -278,7 +281,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The rows as a table."""
     table = Table(title="turns of unseen trajectories predicted exactly, in percent, with 95% intervals over all seeds")
-    names = [f"{way} {mode}" for way in ("predicted", "generated") for mode in MODES.values()]
+    names = [f"{way} {mode}" for way in ("predicted", "generated") for mode in SERVED.values()]
     for name in ("trained", "tokens", *names):
         table.add_column(name, justify="left" if name == "trained" else "right")
     for row in rows:

@@ -32,6 +32,7 @@ from lragent.serve import Engine
 from lragent.stacking import as_tied
 from lragent.tied_lora import role_model_from
 from lragent.train.data import Example
+from lragent.train.distributed import matrices
 from lragent.train.evaluation import EvalScores
 from lragent.train.examples import load_examples
 from lragent.train.loop import DTYPES, fit
@@ -39,7 +40,7 @@ from lragent.train.rows import read_rows
 from lragent.train.settings import TrainSettings
 
 PACK, PEFT, REPORT = "pack.safetensors", "peft", "report.json"
-SERVED = {"shared": "base_lr_shared", "per_role": "non_shared"}
+SERVED = {"per_role": "non_shared", "shared": "base_lr_shared"}
 """How held-out trajectories are run to the sharing mode that they stand for."""
 EVALUATIONS = 10
 """While training goes on; more would cost more than they save."""
@@ -126,14 +127,13 @@ def heal_adapters(
             goal.append(scores.accuracy("per_role") - tolerance / 100)
         return scores.accuracy("shared") >= goal[0]
 
-    done = fit(settings, built, examples, held_out, examine="mixed", until=enough)
+    done = fit(settings, built, examples, held_out, eval_objective="mixed", until=enough)
     before, after = _had(done.before), _had(done.after)
+    shared_a, role_b = matrices(built, done.weights)
     healed = dataclasses.replace(
         as_tied(adapters),
-        shared_a={path: done.weights[f"{path}.shared_A"] for path in built.modules},
-        role_b={
-            path: torch.stack([done.weights[f"{path}.role_B.{role}"] for role in built.roles]) for path in built.modules
-        },
+        shared_a=shared_a,
+        role_b=role_b,
         objective="shared" if done.result.tokens else adapters.objective,
         prefix_writer=settings.prefix_writer.value if done.result.tokens else adapters.prefix_writer,
     )

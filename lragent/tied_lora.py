@@ -125,8 +125,10 @@ class RoleModel:
         return split
 
     def learn(self, *, a: bool = True, roles: Collection[str] | None = None) -> None:
-        """Let A, if `a`, and the B of `roles` (None = all) learn, and nothing else. Call it before PEFT's own functions
-        are trusted with it: its `set_adapter` freezes what the active adapter has not."""
+        """Let A, if `a`, and the B of `roles` (None = all) learn, and nothing else.
+
+        Call it again after PEFT's `set_adapter`, which freezes what the active adapter has not.
+        """
         chosen = self.roles if roles is None else roles
         self._learning = frozenset(
             id(parameter)
@@ -143,7 +145,10 @@ class RoleModel:
         self.check()
 
     def check(self) -> None:
-        """Raise LRAgentError unless A is one parameter under every role's name and exactly what shall learn does."""
+        """Raise LRAgentError unless A is one parameter under every role's name and exactly what shall learn does.
+
+        To be asked before the model is sharded, which makes other parameters.
+        """
         self.check_tied()
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad != (id(parameter) in self._learning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +17,20 @@ UNEVEN = 20
 """A role that authors so many times less than another is pointed out."""
 
 
+def uneven(authored: Mapping[str, int]) -> tuple[str, str, float] | None:
+    """The role that authors least, the one that authors most, and how many times less; None where that is not much."""
+    most, least = (pick(authored, key=lambda role: authored[role]) for pick in (max, min))
+    times = authored[most] / max(1, authored[least])
+    return (least, most, times) if authored[most] > UNEVEN * authored[least] else None
+
+
 def balance(roles: Sequence[str], authored: Sequence[int]) -> str:
     """What each role has to learn from, in one line; a role with much less than another is pointed out."""
     whole = max(1, sum(authored))
     shares = [f"{role} {tokens:,} ({tokens / whole:.0%})" for role, tokens in zip(roles, authored, strict=True)]
     line = "authored tokens: " + ", ".join(shares)
-    most, least = max(authored), min(authored)
-    if most > UNEVEN * least:
-        line += f"; {roles[authored.index(least)]} has {most / max(1, least):.0f} times fewer than the most"
+    if found := uneven(dict(zip(roles, authored, strict=True))):
+        line += f"; {found[0]} has {found[2]:.0f} times fewer than the most"
     return line
 
 
@@ -46,12 +52,9 @@ class Report:
     def warnings(self, roles: Sequence[str]) -> list[str]:
         """What may be meant, or not."""
         found = [f"the role {role!r} authors nothing" for role in roles if not self.authored[role]]
-        said = [role for role in roles if self.authored[role]]
-        if said:
-            most, least = (pick(said, key=lambda role: self.authored[role]) for pick in (max, min))
-            if self.authored[most] > UNEVEN * self.authored[least]:
-                times = self.authored[most] / self.authored[least]
-                found.append(f"the role {least!r} authors {times:.0f} times fewer tokens than {most!r}")
+        said = {role: self.authored[role] for role in roles if self.authored[role]}
+        if said and (of := uneven(said)):
+            found.append(f"the role {of[0]!r} authors {of[2]:.0f} times fewer tokens than {of[1]!r}")
         if self.prompt_completion:
             found.append(f"{self.prompt_completion} prompt/completion rows need `objective: per_role`")
         return found

@@ -56,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory: progress, `Workers.state()` and all rows of metrics so far."""
+    """A checkpoint in memory: progress, `Strategy.state()` and all rows of metrics so far."""
 
     progress: Progress
     state: Mapping[str, torch.Tensor]

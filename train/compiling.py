@@ -12,17 +12,16 @@ from torch import nn
 from lragent.tied_lora import RoleModel, TiedLoraLinear
 
 
-def compile_elementwise(built: RoleModel) -> int:
-    """Compile norms and MLPs of the decoder's layers, in place, for any number of tokens; returns how many.
+def compile_elementwise(built: RoleModel) -> None:
+    """Compile norms and MLPs of the decoder's layers, in place, for any number of tokens.
 
     They are compiled when they first run. From then on in this process, what cannot be compiled runs as it is, and
     torch warns of it: a run must not end for want of a compiler.
     """
     torch._dynamo.config.suppress_errors = True
-    chosen = [module for module in built.model.get_base_model().get_decoder().modules() if _is_elementwise(module)]
-    for module in chosen:
-        module.compile(dynamic=True)
-    return len(chosen)
+    for module in built.model.get_base_model().get_decoder().modules():
+        if _is_elementwise(module):
+            module.compile(dynamic=True)
 
 
 def _is_elementwise(module: nn.Module) -> bool:

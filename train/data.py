@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,26 +55,20 @@ class RoleViews(Sequence[Example]):
     asked for.
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example], roles: Collection[int] | None = None) -> None:
+        """roles: whose views, None = all."""
         self._examples = examples
         self._views = [
             (at, role, int((example.authors == role).nonzero()[-1]) + 1)
             for at, example in enumerate(examples)
             for role in example.loss_roles.unique().tolist()
-            if role
+            if role and (roles is None or role in roles)
         ]
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each view."""
         return [end for _, _, end in self._views]
-
-    def of(self, roles: frozenset[int]) -> RoleViews:
-        """The views of these roles only."""
-        some = RoleViews([])
-        some._examples = self._examples
-        some._views = [view for view in self._views if view[1] in roles]
-        return some
 
     def __len__(self) -> int:
         return len(self._views)

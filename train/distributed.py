@@ -35,6 +35,13 @@ def named_adapters(built: RoleModel) -> dict[str, nn.Parameter]:
     return named
 
 
+def matrices(built: RoleModel, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Shared A [r, d_in] and role B [n_roles, d_out, r] by module path, from whole weights under their names."""
+    shared_a = {path: weights[f"{path}.shared_A"] for path in built.modules}
+    role_b = {path: torch.stack([weights[f"{path}.role_B.{role}"] for role in built.roles]) for path in built.modules}
+    return shared_a, role_b
+
+
 def make_accelerator() -> Accelerator:
     """Accelerate's view of the processes, as its launcher and config ask for it.
 
@@ -130,7 +137,7 @@ def check_engine(accelerator: Accelerator, *, quantized: bool, svd: bool = False
         )
 
 
-class Workers:
+class Strategy:
     """The model and optimizer of one phase of a run, shared among its processes by DDP or FSDP2, or in one process."""
 
     def __init__(
@@ -271,11 +278,11 @@ def _to_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def make_workers(
+def make_strategy(
     accelerator: Accelerator, built: RoleModel, loss: RoleLoss, *, lr: float, decay: float, clip: float | None
-) -> Workers:
-    """The workers for accelerate's engine."""
-    kind: type[Workers] = Workers
+) -> Strategy:
+    """The strategy for accelerate's engine."""
+    kind: type[Strategy] = Strategy
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from lragent.train.zero import ZeroWorkers as kind  # noqa: N813 - DeepSpeed is slow to import
+        from lragent.train.zero import ZeroStrategy as kind  # noqa: N813 - DeepSpeed is slow to import
     return kind(accelerator, built, loss, lr=lr, decay=decay, clip=clip)

@@ -68,7 +68,7 @@ class Examples(Sequence[Example]):
 
     def authored(self, roles: int) -> list[int]:
         """How many tokens each of so many roles learns."""
-        return self._tensors["authors"].long().bincount(minlength=roles + 1)[1:].tolist()
+        return self._tensors["authors"].bincount(minlength=roles + 1)[1:].tolist()
 
     def write(self, path: Path, facts: dict[str, str]) -> None:
         """Write a file that `read` verifies; it appears whole or not at all."""

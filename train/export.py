@@ -18,6 +18,7 @@ from lragent.models import ModelSource
 from lragent.pack import write_pack
 from lragent.peft_io import write_peft_folders
 from lragent.tied_lora import RoleModel
+from lragent.train.distributed import matrices
 from lragent.train.settings import TrainSettings
 
 PACK, PEFT, CARD, CURVES = "pack.safetensors", "peft", "README.md", "losses.png"
@@ -55,16 +56,15 @@ def adapter_set(
     built: RoleModel, settings: TrainSettings, source: ModelSource, weights: Mapping[str, torch.Tensor]
 ) -> AdapterSet:
     """The trained matrices, unscaled. weights: whole, on the CPU, in float32, by the names of `named_adapters`."""
+    shared_a, role_b = matrices(built, weights)
     return AdapterSet(
         base_model=source.name,
         base_fingerprint=source.fingerprint(),
         form="tied",
         targets=built.targets,
         roles=built.specs,
-        shared_a={path: weights[f"{path}.shared_A"] for path in built.modules},
-        role_b={
-            path: torch.stack([weights[f"{path}.role_B.{role}"] for role in built.roles]) for path in built.modules
-        },
+        shared_a=shared_a,
+        role_b=role_b,
         objective=settings.objective,
         prefix_writer=settings.prefix_writer.value,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bfloat16 products with float32 sums, FLOP/s, by a part of the device's name; from the makers' data sheets. More
+"""Dense bfloat16 products with float32 sums, FLOP/s, by words in the device's name; from the makers' data sheets. More
 special names stand before those that they contain."""
 
 
@@ -38,7 +39,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 class ModelFlops:
@@ -49,7 +50,7 @@ class ModelFlops:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        """base: the transformers model, before it is sharded."""
+        """base: the transformers model, before it is sharded. Adapters in it are left out: they are small."""
         config: Any = base.config
         head = base.get_output_embeddings()  # type: ignore[operator]
         embedded = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -57,8 +58,9 @@ class ModelFlops:
         self._head = head.in_features * head.out_features
         self._body = sum(
             module.in_features * module.out_features
-            for module in base.modules()
+            for name, module in base.named_modules()
             if isinstance(module, nn.Linear)
+            and ".lora_" not in name
             and not {id(p) for p in module.parameters(recurse=False)} & (in_head | embedded)
         )
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -31,12 +31,12 @@ from lragent.train.compiling import compile_elementwise, wants_compiling
 from lragent.train.curves import draw
 from lragent.train.data import Example
 from lragent.train.distributed import (
-    Workers,
+    Strategy,
     check_engine,
     engine_name,
     loading,
     make_accelerator,
-    make_workers,
+    make_strategy,
     shards_base,
 )
 from lragent.train.evaluation import EvalScores
@@ -202,18 +202,18 @@ class _Training:
         if checkpoint is not None:
             begin = checkpoint.progress.phase
         for phase in todo[begin:]:
-            built, workers, flops = self._build(phase)
+            built, strategy, flops = self._build(phase)
             if phase.number == begin and self.accelerator.is_main_process:
                 print(balance(self.settings.roles, self.authored), file=sys.stderr)
             if checkpoint is not None and phase.number == begin:
-                workers.load(checkpoint.state, checkpoint.progress.step)
+                strategy.load(checkpoint.state, checkpoint.progress.step)
             elif weights is not None:
-                workers.load(weights, None)
+                strategy.load(weights, None)
             run = PhaseRun(
                 self.settings,
                 phase,
                 self.accelerator,
-                workers,
+                strategy,
                 self.examples,
                 self.held_out,
                 log=self.log,
@@ -226,20 +226,19 @@ class _Training:
             run.run()
             if phase is todo[-1]:
                 eval_after = run.evaluate_at_end()
-            weights = workers.weights()
+            weights = strategy.weights()
             past.step, past.spent = 0, 0.0
             self.accelerator.free_memory()
         assert weights is not None
         return _result(past, eval_after), built, weights
 
-    def _build(self, phase: Phase) -> tuple[RoleModel, Workers, ModelFlops]:
+    def _build(self, phase: Phase) -> tuple[RoleModel, Strategy, ModelFlops]:
         settings = self.settings
         register_attention()
         set_seed(settings.seed)
         dtype = DTYPES[settings.dtype]
         with loading(self.accelerator, dtype):
             base = load_model(self.source, dtype, self.accelerator.device, ATTENTION, quantize=settings.quantize)
-        flops = ModelFlops(base)
         built = build_role_model(
             base,
             settings.roles,
@@ -254,13 +253,17 @@ class _Training:
         built.learn(a=phase.learns_a, roles=phase.roles)
         if settings.objective != "per_role":
             built.split()  # refuses what cannot be trained so, before any work is done
-        loss = RoleLoss(built, recompute=settings.recompute)
-        if wants_compiling(settings.compile, self.accelerator.device, sharded=shards_base(self.accelerator)):
-            compile_elementwise(built)
-        workers = make_workers(
-            self.accelerator, built, loss, lr=settings.lr, decay=settings.weight_decay, clip=settings.clip
-        )
-        return built, workers, flops
+        return built, *_prepared(settings, self.accelerator, built)
+
+
+def _prepared(settings: TrainSettings, accelerator: Accelerator, built: RoleModel) -> tuple[Strategy, ModelFlops]:
+    """What trains `built` as `settings` say, and what a step of it computes."""
+    flops = ModelFlops(built.model.get_base_model())
+    loss = RoleLoss(built, recompute=settings.recompute)
+    if wants_compiling(settings.compile, accelerator.device, sharded=shards_base(accelerator)):
+        compile_elementwise(built)
+    strategy = make_strategy(accelerator, built, loss, lr=settings.lr, decay=settings.weight_decay, clip=settings.clip)
+    return strategy, flops
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ def fit(
     examples: Sequence[Example],
     held_out: Sequence[Example] = (),
     *,
-    examine: Objective | None = None,
+    eval_objective: Objective | None = None,
     until: Callable[[EvalScores], bool] | None = None,
 ) -> Fitted:
     """Train roles that are built already on examples that are loaded already, in one phase; nothing is written.
@@ -290,19 +293,15 @@ def fit(
     """
     accelerator = make_accelerator()
     _check(settings, accelerator)
-    flops = ModelFlops(built.model.get_base_model())
-    loss = RoleLoss(built, recompute=settings.recompute)
-    if wants_compiling(settings.compile, accelerator.device, sharded=shards_base(accelerator)):
-        compile_elementwise(built)
-    workers = make_workers(accelerator, built, loss, lr=settings.lr, decay=settings.weight_decay, clip=settings.clip)
+    strategy, flops = _prepared(settings, accelerator, built)
     phase, past = Phase(0, True, settings.roles, 1.0), Past()
     run = PhaseRun(
-        settings, phase, accelerator, workers, examples, held_out, log=lambda row: None, past=past, flops=flops,
-        until=until, examine=examine,
+        settings, phase, accelerator, strategy, examples, held_out, log=lambda row: None, past=past, flops=flops,
+        until=until, eval_objective=eval_objective,
     )  # fmt: skip
     run.run()
     after = run.evaluate_at_end()
-    weights = workers.weights()
+    weights = strategy.weights()
     accelerator.free_memory()
     return Fitted(_result(past, after), weights, past.eval_before, after)
 

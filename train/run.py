@@ -20,7 +20,7 @@ from lragent.adapter_set import Objective
 from lragent.errors import UserError
 from lragent.train.checkpoints import Checkpoint, Checkpoints, CheckpointWarning, Progress
 from lragent.train.data import Example
-from lragent.train.distributed import Workers
+from lragent.train.distributed import Strategy
 from lragent.train.evaluation import EvalScores, evaluate
 from lragent.train.flops import ModelFlops, peak_flops
 from lragent.train.interrupt import Interrupt, InterruptedRun
@@ -59,7 +59,7 @@ class PhaseRun:
         settings: TrainSettings,
         phase: Phase,
         accelerator: Accelerator,
-        workers: Workers,
+        strategy: Strategy,
         examples: Sequence[Example],
         held_out: Sequence[Example],
         *,
@@ -70,18 +70,18 @@ class PhaseRun:
         interrupt: Interrupt | None = None,
         until: Callable[[EvalScores], bool] | None = None,
         flops: ModelFlops | None = None,
-        examine: Objective | None = None,
+        eval_objective: Objective | None = None,
     ) -> None:
         """log takes every row of metrics. until is asked after every evaluation but the last whether that is enough.
 
-        examine: as what held-out trajectories are run, None = as those that are learnt from.
+        eval_objective: as what held-out trajectories are run, None = as those that are learnt from.
         """
-        self.settings, self.phase, self.accelerator, self.workers = settings, phase, accelerator, workers
+        self.settings, self.phase, self.accelerator, self.strategy = settings, phase, accelerator, strategy
         self.log, self.past, self.checkpoints, self.plan = log, past, checkpoints, plan or {}
         self.interrupt, self.until = interrupt or Interrupt(), until
         self.flops, self.peak = flops, peak_flops(accelerator.device)
         self.tasks = self._tasks(settings.objective, examples, phase.roles)
-        kind = examine or settings.objective
+        kind = eval_objective or settings.objective
         self.held_out = self._tasks(kind, held_out, settings.roles).one_epoch() if held_out else []
         self.steps = settings.max_steps or self.tasks.steps(settings.epochs)
         self._began = time.monotonic() - past.seconds
@@ -115,7 +115,7 @@ class PhaseRun:
         # The last evaluation will take as long as the first; steps get the time that is left beside both.
         limit = None if minutes is None else 60 * minutes * self.phase.share - 2 * evaluated
         clock = Clock(limit, self.past.spent)
-        self.workers.loss.train()
+        self.strategy.loss.train()
         with self._bar() as bar:
             while self.past.step < self.steps and not enough:
                 tasks = self._share_of(self.past.step)
@@ -177,23 +177,23 @@ class PhaseRun:
         """One optimizer step over all `tasks`, the mean of the losses over all their targets. Returns its metrics."""
         began = time.monotonic()
         rate = learning_rate(progress, self.settings.lr, self.settings.warmup)
-        self.workers.set_rate(rate)
+        self.strategy.set_rate(rate)
         counts = torch.zeros(2, len(self.settings.roles) + 1, dtype=torch.float64, device=self.accelerator.device)
         for at, task in enumerate(tasks, start=1):
             batch = task.batch.to(self.accelerator.device)
             # Dropout follows from the task, so neither an interruption nor the number of processes changes it.
             torch.manual_seed((self.settings.seed * 1_000_003 + task.number + 1) % 2**63)
             last = at == len(tasks)
-            with nullcontext() if last else self.accelerator.no_sync(self.workers.loss):
-                sums = self.workers.loss(**loss_inputs(batch, task.one_pass))
-                self.workers.backward(sums.sum() / agreed.targets, last=last)
+            with nullcontext() if last else self.accelerator.no_sync(self.strategy.loss):
+                sums = self.strategy.loss(**loss_inputs(batch, task.one_pass))
+                self.strategy.backward(sums.sum() / agreed.targets, last=last)
             counts[0] += sums.detach()
             counts[1] += batch.loss_roles.bincount(minlength=counts.shape[1])
         lost, learnt = self.accelerator.reduce(counts).tolist()
         mean = sum(lost) / agreed.targets
         if not math.isfinite(mean):
             raise self._broken(f"the loss is {mean}", rate, tasks)
-        norm = self.workers.step()
+        norm = self.strategy.step()
         if not math.isfinite(norm):
             raise self._broken(f"the gradient's norm is {norm}", rate, tasks)
         self.past.step += 1
@@ -241,7 +241,7 @@ class PhaseRun:
     # -- between steps -------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> EvalScores:
-        scores = evaluate(self.workers.loss, self.held_out, self.settings.roles, self.accelerator)
+        scores = evaluate(self.strategy.loss, self.held_out, self.settings.roles, self.accelerator)
         self._log({"step": self.past.done, **scores.row()})
         return scores
 
@@ -260,7 +260,7 @@ class PhaseRun:
         """Write a checkpoint. Where the disk is full training goes on: what was written before stays whole."""
         if self.checkpoints is None or self.past.step == self._saved[0]:
             return
-        state = self.workers.state()
+        state = self.strategy.state()
         if self.accelerator.is_main_process:
             before = self.past.eval_before
             progress = Progress(

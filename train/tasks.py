@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lragent.adapter_set import Objective
 from lragent.train.batches import PackedBatch, TokenBatches
@@ -23,7 +24,7 @@ class Task:
     number: int
     """Counted over the whole run and all processes, from 0: what its dropout is drawn by."""
 
-    @property
+    @cached_property
     def targets(self) -> int:
         """How many positions are learnt from."""
         return int((self.batch.targets != NO_TARGET).sum())
@@ -57,7 +58,7 @@ class Tasks:
         if objective != "per_role":
             self._kinds.append((batches(examples), True))
         if objective != "shared":
-            self._kinds.append((batches(_views(examples, roles)), False))
+            self._kinds.append((batches(RoleViews(examples, roles)), False))
 
     def steps(self, epochs: int) -> int:
         """How many optimizer steps `epochs` epochs take, an epoch being one of the first kind of batches."""
@@ -85,8 +86,3 @@ class Tasks:
         return [
             Task(batches.batch(at), one_pass, at) for batches, one_pass in self._kinds for at in range(batches.count(0))
         ]
-
-
-def _views(examples: Sequence[Example], roles: Collection[int] | None) -> RoleViews:
-    views = RoleViews(examples)
-    return views if roles is None else views.of(frozenset(roles))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lragent.errors import LRAgentError
 from lragent.train.batches import PackedBatch
 from lragent.train.data import NO_TARGET
-from lragent.train.distributed import MOMENTS, Workers
+from lragent.train.distributed import MOMENTS, Strategy
 from lragent.train.role_loss import RoleLoss, loss_inputs
 
 
-class ZeroWorkers(Workers):
+class ZeroStrategy(Strategy):
     """The model and optimizer of one phase of a run under ZeRO-1, -2 or -3, offloaded or not."""
 
     def _before_prepare(self, loss: RoleLoss) -> None:
@@ -34,18 +34,18 @@ class ZeroWorkers(Workers):
             self.built.model.get_base_model().enable_input_require_grads()
 
     def backward(self, value: Tensor, *, last: bool) -> None:
-        """See Workers."""
+        """See Strategy."""
         self.loss.set_gradient_accumulation_boundary(is_boundary=last)
         self.loss.backward(value * self.accelerator.num_processes)
 
     def step(self) -> float:
-        """See Workers; here a step is taken whatever the norm is."""
+        """See Strategy; here a step is taken whatever the norm is."""
         self.loss.step()
         norm = self.loss.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
     def load(self, state: Mapping[str, Tensor], steps: int | None) -> None:
-        """See Workers."""
+        """See Strategy."""
         if steps:
             self._make_moments()
         super().load(state, steps)

@@ -55,7 +55,7 @@ def watch_dtypes() -> None:
     prepared = run.PhaseRun.run
 
     def told(self: run.PhaseRun) -> None:
-        parameters = list(self.workers.built.model.parameters())
+        parameters = list(self.strategy.built.model.parameters())
         learns = sorted({str(p.dtype) for p in parameters if p.requires_grad})
         frozen = sorted({str(p.dtype) for p in parameters if not p.requires_grad})
         if self.accelerator.is_main_process:

@@ -281,7 +281,7 @@ def test_a_loss_that_breaks_later_keeps_the_last_good_checkpoint(
     def poisoned(self: run.PhaseRun, *args: Any) -> dict[str, Any]:
         if self.past.done == 4:
             with torch.no_grad():
-                next(iter(self.workers.built.modules.values())).shared_a.fill_(float("nan"))
+                next(iter(self.strategy.built.modules.values())).shared_a.fill_(float("nan"))
         return step(self, *args)
 
     monkeypatch.setattr(run.PhaseRun, "_step", poisoned)

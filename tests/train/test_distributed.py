@@ -15,22 +15,22 @@ from torch import nn
 from lragent.attention import ATTENTION, register_attention
 from lragent.errors import LRAgentError, UserError
 from lragent.tied_lora import build_role_model
-from lragent.train.distributed import Workers, check_engine, make_workers, named_adapters
+from lragent.train.distributed import Strategy, check_engine, make_strategy, named_adapters
 from lragent.train.role_loss import RoleLoss
 
 ROLES = ("plan", "action")
 
 
-def workers(seed: int = 0) -> Workers:
+def strategy(seed: int = 0) -> Strategy:
     register_attention()
     torch.manual_seed(seed)
     model = tiny_model()
     model.set_attn_implementation(ATTENTION)
     built = build_role_model(model, ROLES, rank=4, alpha=8)
-    return make_workers(Accelerator(cpu=True), built, RoleLoss(built), lr=1e-2, decay=0.0, clip=1.0)
+    return make_strategy(Accelerator(cpu=True), built, RoleLoss(built), lr=1e-2, decay=0.0, clip=1.0)
 
 
-def step(made: Workers, seed: int) -> float:
+def step(made: Strategy, seed: int) -> float:
     """A step along a random gradient."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in named_adapters(made.built).values():
@@ -39,7 +39,7 @@ def step(made: Workers, seed: int) -> float:
 
 
 def test_a_state_taken_over_goes_on_as_the_first_would() -> None:
-    first, second = workers(0), workers(1)
+    first, second = strategy(0), strategy(1)
     for seed in range(3):
         step(first, seed)
     second.load(first.state(), 3)
@@ -51,7 +51,7 @@ def test_a_state_taken_over_goes_on_as_the_first_would() -> None:
 
 
 def test_weights_alone_begin_the_moments_anew() -> None:
-    first, second = workers(0), workers(1)
+    first, second = strategy(0), strategy(1)
     step(first, 0)
     second.load(first.weights(), None)
     assert all(torch.equal(value, second.weights()[name]) for name, value in first.weights().items())
@@ -59,7 +59,7 @@ def test_weights_alone_begin_the_moments_anew() -> None:
 
 
 def test_a_gradient_that_is_not_finite_takes_no_step() -> None:
-    made = workers()
+    made = strategy()
     before = made.weights()
     for parameter in named_adapters(made.built).values():
         parameter.grad = torch.full_like(parameter, float("nan"))
@@ -68,7 +68,7 @@ def test_a_gradient_that_is_not_finite_takes_no_step() -> None:
 
 
 def test_an_a_that_differs_between_roles_is_never_saved() -> None:
-    made = workers()
+    made = strategy()
     module = next(iter(made.built.modules.values()))
     module.lora_A["action"] = nn.Linear(64, 4, bias=False)
     for get in (made.state, made.weights):
