@@ -97,14 +97,14 @@ class Recorder:
         runner = self.engine._runner
         launch, draw = runner.launch, runner.sampler.draw
 
-        def recorded(pieces: list[Piece], before: Launched | None = None) -> Launched:
-            launched = launch(pieces, before)
+        def recorded(pieces: list[Piece], *rest: Any) -> Launched:
+            launched = launch(pieces, *rest)
             for sequence, row in zip(launched.sequences, launched.logits, strict=True):
                 self.logits.setdefault(sequence.request.request_id, []).append(row.clone())
             return launched
 
-        def forced(logits: torch.Tensor, rows: list[int], indices: list[int]) -> Drawn:
-            drawn = draw(logits, rows, indices)
+        def forced(logits: torch.Tensor, rows: list[int], *rest: Any) -> Drawn:
+            drawn = draw(logits, rows, *rest)
             names = {sequence.row: sequence.request.request_id for sequence in self.engine._scheduler.running}
             for at, row in enumerate(rows):
                 if names[row] in self.forced:

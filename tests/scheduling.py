@@ -99,7 +99,7 @@ class Harness:
             tags=np.array(tags or [role.reader.writer] * len(prompt), np.int64),
             capacity=len(prompt) + answer,
             seed=0,
-            detokenizer=Detokenizer(TOKENIZER, ()),
+            detokenizer=Detokenizer(TOKENIZER, SamplingParams()),
             on_chunk=lambda _: None,
         )
         self.stops[sequence] = min(answer, stop or answer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from lragent.serve.engine.types import SamplingParams
+
 REPLACEMENT = "\ufffd"
 """What decoding yields for bytes that are not (yet) a character."""
 
@@ -18,14 +20,15 @@ class Detokenizer:
     Tokens are decoded in a window that begins a few tokens back, since what a token says can depend on the one before.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._stop, self._include_stop = params.stop, params.include_stop
+        self._skip_special = params.skip_special_tokens
         self._ids: list[int] = []
         self._window = 0
         self._decoded = 0
         self.text = ""
-        """All text so far, without a stop string."""
+        """All text so far, without a stop string unless it is to be included."""
         self._sent = 0
         self.stopped = False
         """Whether a stop string was met."""
@@ -57,16 +60,17 @@ class Detokenizer:
 
     def _decode(self, start: int, end: int) -> str:
         text: str = self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[start:end], skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False
         )
         return text
 
     def _add(self, piece: str) -> str:
         searched = max(0, len(self.text) - max((len(stop) for stop in self._stop), default=0))
         self.text += piece
-        found = [at for at in (self.text.find(stop, searched) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, searched)) >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            at, stop = min(found)
+            self.text = self.text[: at + len(stop) if self._include_stop else at]
             self.stopped = True
         safe = len(self.text) if self.stopped else len(self.text) - self._could_begin_stop()
         sent, self._sent = self._sent, max(self._sent, safe)

@@ -15,7 +15,9 @@ from lragent.modes import SharingMode
 from lragent.serve.cache.elements import Ints
 from lragent.serve.cache.lease import Lease
 from lragent.serve.cache.role_cache import RoleCache
+from lragent.serve.engine.constraint import Allowed, Constraint
 from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.grammar import Grammars
 from lragent.serve.engine.launched import Launched
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.scheduler import Scheduler
@@ -27,6 +29,7 @@ from lragent.serve.engine.types import (
     FinishReason,
     GenerationRequest,
     QueueFullError,
+    SamplingParams,
     TokenLogprob,
     UnknownRoleError,
 )
@@ -91,6 +94,7 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.turns = TurnMemory()
+        self.grammars = Grammars(tokenizer, vocab_size, end_tokens)
         self.tokenizer = tokenizer
         self.limits = limits
         self.roles = roles
@@ -123,7 +127,7 @@ class Engine:
         return bool(self._open) or self._launched is not None
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises UserError where `request` cannot be served. Reads only what never changes: any thread may call it."""
+        """Raises UserError where `request` cannot be served. Any thread may call it; a new grammar is compiled here."""
         if request.role not in self.roles:
             known = ", ".join(self.roles)
             raise UnknownRoleError(f"model: the role {request.role!r} is not loaded; loaded are {known}.")
@@ -139,6 +143,10 @@ class Engine:
             raise UserError(f"prompt: token ids must be between 0 and {self._vocab_size - 1}.")
         if any(token >= self._vocab_size for token, _ in request.params.logit_bias):
             raise UserError(f"logit_bias: token ids must be between 0 and {self._vocab_size - 1}.")
+        if any(token >= self._vocab_size for token in request.params.stop_token_ids):
+            raise UserError(f"stop_token_ids: token ids must be between 0 and {self._vocab_size - 1}.")
+        if request.params.grammar is not None:
+            self.grammars.matcher(request.params.grammar)
 
     def add(self, request: GenerationRequest, on_chunk: Callable[[Chunk], None]) -> None:
         """Queue a request. Raises UserError, QueueFullError."""
@@ -155,11 +163,18 @@ class Engine:
             tags=self._tags(request, role),
             capacity=min(self.limits.max_context, len(request.prompt.ids) + request.params.max_tokens),
             seed=self._seed if request.params.seed is None else request.params.seed,
-            detokenizer=Detokenizer(self.tokenizer, request.params.stop),
+            detokenizer=Detokenizer(self.tokenizer, request.params),
             on_chunk=on_chunk,
+            constraint=self._constraint(request.params),
         )
         self._open[request.request_id] = sequence
         self._scheduler.add(sequence)
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.grammar is None and not params.min_tokens:
+            return None
+        matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
+        return Constraint(matcher, params.min_tokens, self._end_tokens | set(params.stop_token_ids))
 
     def _tags(self, request: GenerationRequest, role: EngineRole) -> Ints:
         """[P], who is to write each prompt position. The role asked for stands in for those that are not loaded."""
@@ -197,15 +212,42 @@ class Engine:
     def _launch(self, pieces: list[Piece]) -> Launched:
         for piece in pieces:
             self._begin(piece.sequence)
-        launched = self._runner.launch(pieces, self._launched)
+        constrained = any(piece.sequence.constraint for piece in pieces)
+        launched = self._runner.launch(pieces, self._launched, self._constrain if constrained else None)
         for piece in pieces:
-            sequence, yields_token = piece.sequence, piece.yields_token
+            sequence = piece.sequence
+            if sequence.lease is None:
+                continue  # it has ended meanwhile, see _constrain
+            yields_token = piece.yields_token
             self._scheduler.advanced(piece)
             if yields_token:
                 sequence.in_flight += 1
                 if sequence.goes_on:  # with a token that is not known yet
                     sequence.held.append(0, sequence.role.reader.writer)
         return launched
+
+    def _constrain(self, sequences: tuple[Sequence, ...]) -> Allowed | None:
+        """What the next tokens may be. That can depend on those of the step before: it is read now, while the device
+        works on this one, so that it never waits for the host to work out a mask."""
+        if self._launched is not None:
+            before, self._launched = self._launched, None
+            self._read(before)
+        asking = [
+            (at, sequence, sequence.constraint)
+            for at, sequence in enumerate(sequences)
+            if sequence.lease is not None and sequence.constraint is not None
+        ]
+        asking = [each for each in asking if each[2].limits(len(each[1].generated))]
+        if not asking:
+            return None
+        bits = torch.zeros(len(asking), (self._vocab_size + 31) // 32, dtype=torch.int32)
+        for row, (_, sequence, constraint) in zip(bits.numpy(), asking, strict=True):
+            try:
+                constraint.allow(row, len(sequence.generated))
+            except UserError as fault:
+                row.fill(-1)
+                self._finish(sequence, FinishReason.ERROR, "", fault=fault)
+        return Allowed([at for at, *_ in asking], bits)
 
     def _begin(self, sequence: Sequence) -> None:
         """Tell the sampler of a sequence that starts, or resumes, in its row."""
@@ -237,18 +279,28 @@ class Engine:
         params = sequence.request.params
         sequence.take(token)
         sequence.last_logprob = logprob
-        if token in self._end_tokens and not params.ignore_eos:
+        constraint = sequence.constraint
+        if constraint is not None:
+            try:
+                constraint.take(token)
+            except UserError as fault:
+                self._finish(sequence, FinishReason.ERROR, "", fault=fault)
+                return
+        if (token in self._end_tokens and not params.ignore_eos) or token in params.stop_token_ids:
             self._finish(sequence, FinishReason.STOP, sequence.detokenizer.finish())
             return
         piece = sequence.detokenizer.push(token)
         if sequence.detokenizer.stopped:
             self._finish(sequence, FinishReason.STOP, piece)
+        elif constraint is not None and constraint.ended:
+            self._finish(sequence, FinishReason.STOP, piece + sequence.detokenizer.finish())
         elif sequence.full:
             self._finish(sequence, FinishReason.LENGTH, piece + sequence.detokenizer.finish())
         else:
             self._tell(sequence, Chunk(text=piece, token_ids=(token,), logprobs=_listed(logprob)))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
+    def _finish(self, sequence: Sequence, reason: FinishReason, text: str, *, fault: UserError | None = None) -> None:
+        """End a request. fault: what it asks for that cannot be done after all."""
         self._scheduler.remove(sequence)
         usage = sequence.usage()
         sums = self._sums
@@ -266,7 +318,8 @@ class Engine:
         if reason not in (FinishReason.CANCELLED, FinishReason.ERROR):
             last, logprobs = tuple(sequence.generated[-1:]), _listed(sequence.last_logprob)
         del self._open[sequence.request.request_id]  # only now: until it is told, `fail_all` must find it
-        self._tell(sequence, Chunk(text=text, token_ids=last, logprobs=logprobs, finish_reason=reason, usage=usage))
+        error = None if fault is None else str(fault)
+        self._tell(sequence, Chunk(text, last, logprobs, reason, usage, error, fault))
 
     def _tell(self, sequence: Sequence, chunk: Chunk) -> None:
         """Hand a chunk out. The request of whoever fails to take it is cancelled; nobody else is to notice."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from lragent.modes import SharingMode
 from lragent.routing import Route, Router
+from lragent.serve.engine.constraint import Allowed
 from lragent.serve.engine.graphs import StepGraphs
 from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.launched import DeviceTimes, Launched
 from lragent.serve.engine.new_states import CachePass
 from lragent.serve.engine.sampler import BatchSampler
-from lragent.serve.engine.sequence import Piece
+from lragent.serve.engine.sequence import Piece, Sequence
 from lragent.serve.engine.step import Step
 from lragent.serve.engine.step_tensors import StepTensors
 
@@ -31,6 +32,10 @@ class StepAttention(Protocol):
     def of_step(self, step: Step, tensors: StepTensors, route: Route) -> CachePass:
         """The pass of `step`, whose numbers are in `tensors` too."""
         ...
+
+
+Constrain = Callable[[tuple[Sequence, ...]], Allowed | None]
+"""What the next tokens of these sequences may be."""
 
 
 class Runner:
@@ -66,23 +71,26 @@ class Runner:
         self._latest = torch.zeros(rows + 1, dtype=torch.long, device=self._device)
         """The token drawn last for each row; behind them, where nobody's is put."""
 
-    def launch(self, pieces: list[Piece], before: Launched | None = None) -> Launched:
+    def launch(
+        self, pieces: list[Piece], before: Launched | None = None, constrain: Constrain | None = None
+    ) -> Launched:
         """Give a step to the device, without waiting for it; on a CPU it is done when this returns.
 
-        before: the step that the device still works on.
+        before: the step that the device still works on. constrain: asked once the device has all but the drawing of
+        this step to do; sequences may end meanwhile, and are drawn for all the same.
         """
         if self._device.type != "cuda":
-            return self._launch(pieces)
+            return self._launch(pieces, constrain)
         with torch.cuda.device(self._device):
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
-            launched = self._launch(pieces)
+            launched = self._launch(pieces, constrain)
             ended.record()
         last = None if before is None or before.times is None else before.times.ended
         return replace(launched, times=DeviceTimes(began, ended, last))
 
     @torch.inference_mode()
-    def _launch(self, pieces: list[Piece]) -> Launched:
+    def _launch(self, pieces: list[Piece], constrain: Constrain | None) -> Launched:
         step = Step.of(pieces, self._mode, self._role_of)
         self.attention.prepare(step)
         logits, tensors = self.graphs.run(step) if self.graphs is not None else (None, None)
@@ -93,11 +101,9 @@ class Runner:
         sequences = tuple(piece.sequence for piece in step.yielding)
         if not sequences:
             return Launched((), logits, None)
-        drawn = self.sampler.draw(
-            logits,
-            [sequence.row for sequence in sequences],
-            [len(sequence.generated) + sequence.in_flight for sequence in sequences],
-        )
+        indices = [len(sequence.generated) + sequence.in_flight for sequence in sequences]
+        allowed = None if constrain is None else constrain(sequences)
+        drawn = self.sampler.draw(logits, step.drawn_rows.tolist(), indices, allowed)
         self._latest.index_copy_(0, tensors.drawn_rows[: len(sequences)].long(), drawn.tokens)
         return Launched(sequences, logits, drawn.to_host())
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lragent.serve.engine.choose import Wish, choose
+from lragent.serve.engine.constraint import Allowed
 from lragent.serve.engine.penalties import Penalties
 from lragent.serve.engine.types import SamplingParams, TokenLogprob
 from lragent.serve.engine.uniform import stream_of, uniform
@@ -106,23 +107,25 @@ class BatchSampler:
         with torch.inference_mode():
             self._penalties.begin(row, params, prompt_ids, generated_ids)
 
-    def draw(self, logits: torch.Tensor, rows: list[int], indices: list[int]) -> Drawn:
+    def draw(self, logits: torch.Tensor, rows: list[int], indices: list[int], allowed: Allowed | None = None) -> Drawn:
         """One token for each row of `logits`, [n, vocab], which are left as they are.
 
         rows: the row of each one's sequence, all different. indices: how many tokens its answer has, those included
-        that the host does not know yet.
+        that the host does not know yet. allowed: what the tokens of some rows may be.
 
         Greedy tokens are the argmax, where the first of equals wins and NaN counts as the highest; so an id is valid
         whatever the logits hold. Random ones are `choose`'s.
         """
-        if self._special.isdisjoint(rows):
+        if allowed is None and self._special.isdisjoint(rows):
             return Drawn(logits.argmax(-1))
-        return self._draw(logits, rows, indices)
+        return self._draw(logits, rows, indices, allowed)
 
     @torch.inference_mode()
-    def _draw(self, logits: torch.Tensor, rows: list[int], indices: list[int]) -> Drawn:
+    def _draw(self, logits: torch.Tensor, rows: list[int], indices: list[int], allowed: Allowed | None) -> Drawn:
         begun = [self._begun(row) for row in rows]
         adjusted = self._penalties.apply(logits, rows)
+        if allowed is not None:
+            adjusted = allowed.apply(adjusted)
         tokens = adjusted.argmax(-1)
         wishes = {
             at: Wish(each.params, uniform(each.stream, index))

@@ -9,6 +9,7 @@ import numpy as np
 
 from lragent.serve.cache.elements import Ints, Tokens
 from lragent.serve.cache.lease import Lease, Reader
+from lragent.serve.engine.constraint import Constraint
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
 
@@ -41,6 +42,8 @@ class Sequence:
     seed: int
     detokenizer: Detokenizer
     on_chunk: Callable[[Chunk], None]
+    constraint: Constraint | None = None
+    """What its tokens may be."""
     generated: list[int] = field(default_factory=list)
     last_logprob: TokenLogprob | None = None
     lease: Lease | None = None

@@ -11,6 +11,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from lragent.errors import UserError
 from lragent.modes import SharingMode
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineStats
@@ -169,9 +170,10 @@ class EngineService:
             if self.failure is not None:
                 raise EngineDeadError(self.failure)
             self._engine.add(request, counted)
-        except Exception as fault:  # a request's failure ends that request only
+        except Exception as error:  # a request's failure ends that request only
+            fault = error if isinstance(error, UserError | QueueFullError) else None
             try:
-                counted(Chunk(finish_reason=FinishReason.ERROR, error=str(fault)))
+                counted(Chunk(finish_reason=FinishReason.ERROR, error=str(error), fault=fault))
             except Exception:
                 logger.exception("the receiver of %s has failed", request.request_id)
 
@@ -181,8 +183,10 @@ def _wake() -> None:
 
 
 def joined(chunks: list[Chunk]) -> Chunk:
-    """An answer's chunks as one. Raises EngineDeadError if it ended by a fault."""
+    """An answer's chunks as one. Raises EngineDeadError if the engine failed, and what was wrong with the request."""
     last = chunks[-1]
+    if last.fault is not None:
+        raise last.fault
     if last.finish_reason is FinishReason.ERROR:
         raise EngineDeadError(last.error or "The request failed.")
     return Chunk(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lragent.errors import LRAgentError, UserError
+from lragent.serve.engine.grammar import Grammar
 from lragent.serve.engine.turns import ContextKey
 
 
@@ -47,6 +48,8 @@ class ContextFullError(UserError):
 
 MAX_BIASED = 300
 """Token ids in one `logit_bias`."""
+MAX_STOP_TOKENS = 64
+"""Token ids in one `stop_token_ids`."""
 MAX_LOGPROBS = 20
 """Alternatives reported beside each token."""
 
@@ -55,8 +58,10 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability. stop: strings that end the text and
-    are not part of it. seed: None draws one. ignore_eos: go on past the end of the turn until `max_tokens`.
+    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: shares of probability. stop: strings that end the text;
+    they are part of it only with `include_stop`. stop_token_ids: tokens that end it, beside the model's own.
+    min_tokens: none of these tokens is drawn before. seed: None draws one. ignore_eos: go on past the end of the turn
+    until `max_tokens`. skip_special_tokens: leave them out of the text. grammar: what the text must match.
     presence_penalty, frequency_penalty: taken off the logits of generated tokens, once and for each time (OpenAI's).
     repetition_penalty: divides the logits of tokens of prompt and answer, multiplies negative ones. logit_bias: token
     ids and what is added to their logits, before penalties. logprobs: how many alternatives to report beside each
@@ -70,12 +75,17 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def penalised(self) -> bool:
@@ -86,18 +96,21 @@ class SamplingParams:
         """Takes one string for `stop`, and a mapping for `logit_bias`. Raises UserError naming the field at fault."""
         self._take_forms()
         sane_stop = len(self.stop) <= 16 and all(0 < len(text) <= 256 for text in self.stop)
+        sane_ends = len(self.stop_token_ids) <= MAX_STOP_TOKENS and min(self.stop_token_ids, default=0) >= 0
         biased = {token for token, _ in self.logit_bias}
         sane_bias = len(biased) == len(self.logit_bias) <= MAX_BIASED and all(
             token >= 0 and -100.0 <= value <= 100.0 for token, value in self.logit_bias
         )
         limits = (
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"must be 0 to max_tokens, {self.max_tokens}"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "must be between 0 and 2"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
             ("top_k", 0 <= self.top_k <= 1_000_000, "must be 0 (off) or a positive number of tokens"),
             ("min_p", 0.0 <= self.min_p < 1.0, "must be at least 0 and below 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
             ("stop", sane_stop, "must be at most 16 strings of 1 to 256 characters"),
+            ("stop_token_ids", sane_ends, f"must be at most {MAX_STOP_TOKENS} token ids"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be between -2 and 2"),
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 2.0, "must be above 0 and at most 2"),
@@ -110,7 +123,9 @@ class SamplingParams:
 
     def _take_forms(self) -> None:
         """Bring every field into its form. Raises UserError where it has another."""
-        forms: dict[str, Any] = {name: _whole(name, getattr(self, name)) for name in ("max_tokens", "top_k")}
+        forms: dict[str, Any] = {
+            name: _whole(name, getattr(self, name)) for name in ("max_tokens", "min_tokens", "top_k")
+        }
         forms |= {
             name: _whole(name, value) for name in ("seed", "logprobs") if (value := getattr(self, name)) is not None
         }
@@ -118,12 +133,16 @@ class SamplingParams:
         stop: Any = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
             raise UserError(f"stop: must be a string or a list of strings, not {self.stop!r}.")
+        ends: Any = self.stop_token_ids or ()
+        if not isinstance(ends, list | tuple):
+            raise UserError(f"stop_token_ids: must be a list of token ids, not {self.stop_token_ids!r}.")
+        ends = tuple(_whole("stop_token_ids", token) for token in ends)
         bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias or ()
         try:
             pairs = tuple((_whole("logit_bias", token), _real("logit_bias", value)) for token, value in bias)
         except (TypeError, ValueError):
             raise UserError(f"logit_bias: must map token ids to numbers, not be {self.logit_bias!r}.") from None
-        for name, value in (forms | {"stop": tuple(stop), "logit_bias": pairs}).items():
+        for name, value in (forms | {"stop": tuple(stop), "stop_token_ids": ends, "logit_bias": pairs}).items():
             object.__setattr__(self, name, value)
 
 
@@ -218,6 +237,8 @@ class Usage:
     """Prompt tokens whose LR cache was found."""
     lr_prefilled: int
     """Prompt tokens run over an existing base cache, to write this role's LR cache only."""
+    kv_byte_seconds: float = 0.0
+    """Bytes of cache that the request held, shared ones too, by how long it held them."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +267,8 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    fault: LRAgentError | None = None
+    """With an error: what to raise, where the request is at fault and not the engine."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.types import SamplingParams
 
 QUICK = settings(max_examples=150, deadline=None)
 TEXTS = st.text(st.sampled_from("the and€é漢🙂\u200d \n<"), max_size=30)
@@ -29,7 +30,7 @@ def encode(text: str) -> list[int]:
 
 
 def pieces(ids: list[int], *stop: str) -> tuple[list[str], Detokenizer]:
-    detokenizer = Detokenizer(tokenizer(), stop)
+    detokenizer = Detokenizer(tokenizer(), SamplingParams(stop=stop))
     sent = []
     for token in ids:
         sent.append(detokenizer.push(token))
@@ -106,7 +107,7 @@ def test_much_rubbish_is_not_decoded_again_and_again() -> None:
     """A model that has gone astray may send bytes that are never a character."""
     half = encode("🙂")[:1]
     lengths = []
-    detokenizer = Detokenizer(tokenizer(), ())
+    detokenizer = Detokenizer(tokenizer(), SamplingParams())
     decode = detokenizer._decode
     detokenizer._decode = lambda start, end: lengths.append(end - start) or decode(start, end)  # type: ignore
     sent = "".join(detokenizer.push(half[0]) for _ in range(300))
