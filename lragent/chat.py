@@ -40,6 +40,8 @@ class Rendered:
     authors: list[str | None]
     openings: list[tuple[int, int]]
     unlearnt: tuple[tuple[int, int], ...] = ()
+    tool_spans: tuple[tuple[int, int], ...] = ()
+    """The half-open spans of what tools have said."""
 
     @property
     def first_authored(self) -> int:
@@ -97,6 +99,7 @@ class Renderer:
         authors: list[str | None] = []
         openings: list[tuple[int, int]] = []
         unlearnt: list[tuple[int, int]] = []
+        tool_spans: list[tuple[int, int]] = []
         before: str | None = None
         for at, turn in enumerate(turns):
             frame = self._frame(before, turn.speaker, f"messages[{at}]")
@@ -108,6 +111,8 @@ class Renderer:
                 openings.append((start, len(ids)))
                 content = recall(ids, turn.text) if recall else None
             authors += [None] * (len(ids) - len(authors))
+            if turn.speaker == "tool":
+                tool_spans.append((len(ids), len(ids) + len(contents[at])))
             ids += contents[at] if content is None else content
             ids += frame.end_of_turn
             if not turn.learnt:
@@ -122,7 +127,7 @@ class Renderer:
             openings.append((len(ids), len(ids) + len(frame.opening)))
             ids += frame.opening
             authors += [None] * (len(ids) - len(authors))
-        return Rendered(ids, authors, openings, tuple(unlearnt))
+        return Rendered(ids, authors, openings, tuple(unlearnt), tuple(tool_spans))
 
     def render_text(self, prompt: str, completion: str, *, author: str) -> Rendered:
         """Render a plain text and what `author` makes of it, up to the end-of-turn token; there are no turns.

@@ -65,12 +65,14 @@ class RoleLinear(LeftForAttention, nn.Module):
         return self.up
 
 
-def install_roles(model: nn.Module, adapters: AdapterSet, router: Router) -> None:
+def install_roles(model: nn.Module, adapters: AdapterSet, router: Router, room: int = 0) -> dict[str, RoleLinear]:
     """Replace every projection that `adapters` name by a `RoleLinear`, in place; the base weights stay as they are.
 
-    Ranks that differ by module are padded with zeros to the largest of that kind, so that all layers' LR caches have
-    one shape. Raises AttributeError where a module is missing: check the pack against the model first.
+    room: places for roles, where there are to be more than there are roles now. Ranks that differ by module are padded
+    with zeros to the largest of that kind, so that all layers' LR caches have one shape. Returns what was put in, by
+    module path. Raises AttributeError where a module is missing: check the pack against the model first.
     """
+    installed: dict[str, RoleLinear] = {}
     ranks: dict[str, int] = {}
     for path, shared_a in adapters.shared_a.items():
         kind = path.rpartition(".")[2]
@@ -82,7 +84,10 @@ def install_roles(model: nn.Module, adapters: AdapterSet, router: Router) -> Non
         dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
         missing = ranks[kind] - shared_a.shape[0]
         down = F.pad(shared_a, (0, 0, 0, missing)).to(weight.device, dtype)
-        up = F.pad(adapters.scaled_b(path).transpose(1, 2), (0, 0, 0, missing)).contiguous().to(weight.device, dtype)
+        up = adapters.scaled_b(path).transpose(1, 2)
+        up = F.pad(up, (0, 0, 0, missing, 0, max(0, room - len(up)))).contiguous().to(weight.device, dtype)
         layer, projection = model.get_submodule(parent), RoleLinear(base, kind, down, up, router)
         projection.keeps_base = kind == "k_proj" and key_norm(layer) is not None
         setattr(layer, kind, projection)
+        installed[path] = projection
+    return installed

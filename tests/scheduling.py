@@ -17,8 +17,9 @@ from lragent.modes import SharingMode
 from lragent.serve.cache.lease import Lease
 from lragent.serve.cache.role_cache import Reader, RoleCache
 from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.roles import EngineRole
 from lragent.serve.engine.scheduler import Scheduler
-from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
+from lragent.serve.engine.sequence import Piece, Sequence
 from lragent.serve.engine.types import GenerationRequest, Prompt, SamplingParams
 
 ROLES = [EngineRole(name, i + 1, Reader(f"{name}'s", 101 + i)) for i, name in enumerate(("plan", "action", "reflect"))]

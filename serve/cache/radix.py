@@ -42,6 +42,8 @@ class Node:
     last_used: int = 0
     last_found: int = 0
     """When a request found it last; 0 where it was only written."""
+    readers: frozenset[int] = frozenset()
+    """Whose requests have found it, by their writers' tags."""
 
     @property
     def tokens(self) -> Tokens:
@@ -94,12 +96,14 @@ class RadixTree:
         """Elements that can be evicted now."""
         return self.size - self.locked_size
 
-    def match(self, namespace: Namespace, tokens: Tokens, accept: Accept, now: int) -> tuple[Slots, Ints, Node | None]:
+    def match(
+        self, namespace: Namespace, tokens: Tokens, accept: Accept, now: int, reader: int
+    ) -> tuple[Slots, Ints, Node | None]:
         """The longest cached prefix of `tokens` whose entries may be read.
 
         Returns its slots and its tags, for reading only, and the node that ends exactly there (None: nothing matched).
-        Marks the path as used; splits a node where the match ends inside it; changes nothing else. The node stays valid
-        until the next `evict` or `unlock` unless it is locked.
+        Marks the path as used, and as found by `reader`; splits a node where the match ends inside it; changes nothing
+        else. The node stays valid until the next `evict` or `unlock` unless it is locked.
         """
         root = self._roots.get(namespace)
         if root is None:
@@ -113,6 +117,8 @@ class RadixTree:
         self.touch(end, now)
         for each in self._path(end):
             each.last_found = now
+            if reader not in each.readers:
+                each.readers |= {reader}
         tags = _joined([each.tags for each in self._path(end)][::-1], NO_TAGS)
         return self.path_slots(end), tags, end
 
@@ -229,6 +235,7 @@ class RadixTree:
                 top.elements.prolong(each.elements)
             node.elements, node.parent = top.elements, top.parent
             node.last_found = max(each.last_found for each in chain)
+            node.readers = frozenset().union(*(each.readers for each in chain))
             for each in chain[1:]:
                 each.parent = None
         return node
@@ -319,7 +326,8 @@ class RadixTree:
         """
         assert node.parent is not None
         assert 0 < at < len(node)
-        upper = Node(node.elements.part(0, at), node.parent, {}, node.locks, node.last_used, node.last_found)
+        head = node.elements.part(0, at)
+        upper = Node(head, node.parent, {}, node.locks, node.last_used, node.last_found, node.readers)
         siblings = node.parent.children[int(node.tokens[0])]
         siblings[siblings.index(node)] = upper
         node.elements = node.elements.part(at, len(node))
@@ -352,6 +360,25 @@ class RadixTree:
 
     def _leaves(self) -> Iterator[Node]:
         return (node for _, node in self._nodes() if not node.children)
+
+    def recent(self, most: int) -> tuple[list[tuple[Namespace, Node, int]], bool]:
+        """The namespace, node and first position of up to `most` nodes that were used last, each behind what it
+        prolongs; and whether these are all."""
+        waiting = [
+            (-child.last_used, next(self._order), name, child, 0)
+            for name, root in self._roots.items()
+            for group in root.children.values()
+            for child in group
+        ]
+        heapq.heapify(waiting)
+        found: list[tuple[Namespace, Node, int]] = []
+        while waiting and len(found) < most:
+            _, _, name, node, start = heapq.heappop(waiting)
+            found.append((name, node, start))
+            for group in node.children.values():
+                for child in group:
+                    heapq.heappush(waiting, (-child.last_used, next(self._order), name, child, start + len(node)))
+        return found, not waiting
 
     def path_slots(self, node: Node | None) -> Slots:
         """The slots of the whole path that ends at `node`; for reading only."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from lragent.serve.cache.lease import Lease, Reader
 from lragent.serve.cache.pages import PagedPool
 from lragent.serve.cache.radix import Accept, Namespace, Node, RadixTree
 from lragent.serve.cache.slots import OutOfSlotsError, SlotPool, Slots
+from lragent.serve.cache.view import CacheView, NodeView
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ class RoleCache:
             lr_total=lr_total,
         )
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What a position takes whose base and LR cache are held."""
+        lr = self.slot_bytes // self.lr_per_slot if self.own_residuals else self.lr_slot_bytes
+        return self.slot_bytes + lr
+
     def set_live_writers(self, tags: list[int]) -> None:
         """Entries of other writers are misses from now on, until their writer is live again."""
         self._live = np.array(sorted(tags), dtype=np.int64)
@@ -137,7 +146,7 @@ class RoleCache:
         found = tokens[: prompt - 1]
         namespace = self.base_namespace(reader, salt)
         accept = self.readable(prompt, opening, reader)
-        base, written_by, node = self.base_tree.match(namespace, found, accept, self._now)
+        base, written_by, node = self.base_tree.match(namespace, found, accept, self._now, reader.writer)
         self.base_tree.lock(node)
         lease = Lease(
             reader=reader,
@@ -168,7 +177,7 @@ class RoleCache:
         def accept(start: int, entry_tags: Ints, _: Kinds) -> npt.NDArray[np.bool_]:
             return entry_tags == serials[start : start + len(entry_tags)]
 
-        residual, _, node = self.lr_tree.match(self._lr_namespace(lease), found, accept, self._now)
+        residual, _, node = self.lr_tree.match(self._lr_namespace(lease), found, accept, self._now, lease.reader.writer)
         self.lr_tree.lock(node)
         lease.lr_slots, lease.lr_node = with_room(lease.capacity, residual), node
         lease.lr_reused = lease.lr_committed = lease.lr_reserved = len(residual)
@@ -324,6 +333,32 @@ class RoleCache:
             self.lr_tree.unlock(lease.lr_node)
         self._leases.remove(lease)
 
+    def view(self, most: int) -> CacheView:
+        """Up to `most` runs of each tree, those used last. Takes time by what is shown, not by what is there."""
+        nodes: list[NodeView] = []
+        whole = True
+        for part, tree in _parts(self.base_tree, self.lr_tree):
+            ids: dict[Node, int] = {}
+            recent, all_of_it = tree.recent(most)
+            whole = whole and all_of_it
+            for name, node, start in recent:
+                ids[node] = len(nodes)
+                nodes.append(
+                    NodeView(
+                        id=len(nodes),
+                        parent=None if node.parent is None else ids.get(node.parent),
+                        part=part,
+                        owner=name[2] if name[1] == "role" else "",
+                        start=start,
+                        length=len(node),
+                        writers=_runs(node.tags) if part == "base" else (),
+                        readers=tuple(sorted(node.readers)),
+                        held=node.locks,
+                        last_used=node.last_used,
+                    )
+                )
+        return CacheView(tuple(nodes), whole, self._now)
+
     def clear(self) -> None:
         """Drop every entry that nobody holds."""
         self.lr_pool.free(self.lr_tree.evict(self.lr_tree.size))
@@ -359,6 +394,16 @@ class RoleCache:
         _check_paths(self.lr_tree, held)
         alive = self.base_pool.serial[self.base_tree.all_slots()]
         assert np.isin(self.lr_tree.all_tags(), alive).all(), "an LR entry outlived its base entry"
+
+
+def _parts(base: RadixTree, low: RadixTree) -> tuple[tuple[Literal["base", "lr"], RadixTree], ...]:
+    return ("base", base), ("lr", low)
+
+
+def _runs(tags: Ints) -> tuple[tuple[int, int], ...]:
+    """`tags` as (tag, how many)."""
+    starts = np.concatenate([[0], np.flatnonzero(tags[1:] != tags[:-1]) + 1, [len(tags)]])
+    return tuple((int(tags[start]), int(end - start)) for start, end in itertools.pairwise(starts))
 
 
 def _everything(_: int, tags: Ints, __: Kinds) -> npt.NDArray[np.bool_]:

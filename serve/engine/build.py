@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,10 +31,11 @@ from lragent.serve.engine.fusing import fuse_layers
 from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.limits import check_limits
 from lragent.serve.engine.memory import GPU_SHARE, cache_slots, step_limits
+from lragent.serve.engine.role_weights import RoleWeights
+from lragent.serve.engine.roles import EngineRole, RoleTable
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.sampler import BatchSampler
 from lragent.serve.engine.scheduler import Scheduler
-from lragent.serve.engine.sequence import EngineRole
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.tables import SlotTables
 from lragent.serve.engine.types import RoleCard
@@ -60,6 +63,7 @@ def build_service(
     seed: int = 0,
     enforce_eager: bool = False,
     check_integrity: bool = False,
+    max_roles: int | None = None,
 ) -> EngineService:
     """Load everything that `lragent serve` names. The service is not started yet.
 
@@ -96,10 +100,12 @@ def build_service(
         seed=seed,
         graphs=not enforce_eager,
         check_integrity=check_integrity,
+        max_roles=max_roles,
+        fingerprint=print_of_base,
     )
     names = [] if adapters is None else list(adapters.role_names)
     cards = [RoleCard(source.name, None, str(source.path), None)]
-    cards += [RoleCard(name, source.name, str(roles), engine.roles[name].reader.digest) for name in names]
+    cards += [RoleCard(name, source.name, str(roles), engine.roles.named[name].reader.digest) for name in names]
     writer = resolve_prefix_writer(prefix_writer, adapters)
     chat = ChatPrompts(Renderer(engine.tokenizer), engine.turns, sharing, writer)
     return EngineService(engine, chat, cards, source.name)
@@ -122,15 +128,18 @@ def build_engine(
     graphs: bool = True,
     ahead: bool | None = None,
     check_integrity: bool = False,
+    max_roles: int | None = None,
+    fingerprint: str | None = None,
 ) -> Engine:
     """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place.
 
     max_num_seqs: sequences that run at once. token_budget: tokens per step. fused: let fused layers stand in for the
     model's own where they can. graphs: capture steps as CUDA graphs. ahead: launch a step before the one before it is
     read; None does so on a GPU. check_integrity: check all that the scheduler keeps before each step (slow, for
-    debugging).
+    debugging). max_roles: places for roles beside the base, where more may be loaded later; never fewer than there
+    are. fingerprint: of the base, by which roles that come later are judged.
     """
-    router = Router()
+    router, room, weights = Router(), 0, None
     split = split_kinds(adapters, sharing)
     if adapters is not None:
         check_fits(model, adapters)
@@ -141,7 +150,8 @@ def build_engine(
                 "adapter on k_proj cannot be cached apart; serve with --sharing non_shared or full_shared, or train "
                 "without k_proj."
             )
-        install_roles(model, adapters, router)
+        room = max(len(adapters.roles), max_roles or 0)
+        weights = RoleWeights(install_roles(model, adapters, router, room), fingerprint)
         _warn_of_other_use(adapters, sharing, prefix_writer)
     if fused:
         fuse_layers(model, router, split)
@@ -151,7 +161,8 @@ def build_engine(
     context = _max_context(model, max_model_len)
     sequences, budget = step_limits(device, max_num_seqs, token_budget)
     paged = sharing is SharingMode.BASE_SHARED
-    roles = _engine_roles(adapters, resolve_prefix_writer(prefix_writer, adapters))
+    writer_of = partial(_reader, resolve_prefix_writer(prefix_writer, adapters))
+    roles = RoleTable(_engine_roles(adapters, writer_of), room)
     vocab_size = model.config.get_text_config().vocab_size
 
     def attention(slots: int) -> CachedAttention | KernelAttention:
@@ -163,7 +174,7 @@ def build_engine(
         attention(1),
         sharing,
         split,
-        {role.reader.writer: role.index for role in roles.values()},
+        roles.role_of,
         BatchSampler(sequences, vocab_size, device),
         sequences,
         ahead=on_gpu if ahead is None else ahead,
@@ -201,6 +212,8 @@ def build_engine(
         scheduler=Scheduler(cache, sequences, budget, check=check_integrity),
         tokenizer=tokenizer,
         roles=roles,
+        weights=weights,
+        writer_of=writer_of,
         end_tokens=end_tokens_of(model, tokenizer),
         vocab_size=vocab_size,
         limits=EngineLimits(context),
@@ -240,16 +253,18 @@ def resolve_prefix_writer(asked: PrefixWriter | None, adapters: AdapterSet | Non
     return PrefixWriter.BASE
 
 
-def _engine_roles(adapters: AdapterSet | None, writer: PrefixWriter) -> dict[str, EngineRole]:
-    """`base` first. Roles with equal weights share a writer: what one wrote is as good as the other's."""
+def _reader(prefix_writer: PrefixWriter, digest: str) -> Reader:
+    """A role in the cache. Roles with equal weights share a writer: what one wrote is as good as the other's."""
+    identity = hashlib.sha256(f"{digest} {prefix_writer}".encode()).digest()
+    return Reader(digest, int.from_bytes(identity[:8], "big") >> 1)
+
+
+def _engine_roles(adapters: AdapterSet | None, reader: Callable[[str], Reader]) -> dict[str, EngineRole]:
+    """`base` first."""
     digests = {BASE: "base"}
     if adapters is not None:
         digests |= {name: adapters.role_digest(name) for name in adapters.role_names}
-    roles = {}
-    for index, (name, digest) in enumerate(digests.items()):
-        identity = hashlib.sha256(f"{digest} {writer}".encode()).digest()
-        roles[name] = EngineRole(name, index, Reader(digest, int.from_bytes(identity[:8], "big") >> 1))
-    return roles
+    return {name: EngineRole(name, index, reader(digest)) for index, (name, digest) in enumerate(digests.items())}
 
 
 def _warn_of_other_use(adapters: AdapterSet, sharing: SharingMode, prefix_writer: PrefixWriter | None) -> None:

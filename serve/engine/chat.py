@@ -32,4 +32,10 @@ class ChatPrompts:
         if self._sharing.one_writer_per_token:
             roles = tuple(position_roles(rendered, asker=role, prefix_writer=self._prefix_writer))
         start, end = rendered.openings[-1]
-        return Prompt(rendered.token_ids, roles, opening=max(1, end - start), key=keys.of(rendered.token_ids))
+        return Prompt(
+            rendered.token_ids,
+            roles,
+            opening=max(1, end - start),
+            key=keys.of(rendered.token_ids),
+            tool_spans=rendered.tool_spans,
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,15 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from lragent.errors import UserError
 from lragent.modes import SharingMode
 from lragent.serve.cache.elements import Ints
-from lragent.serve.cache.lease import Lease
+from lragent.serve.cache.lease import Lease, Reader
 from lragent.serve.cache.role_cache import RoleCache
+from lragent.serve.cache.view import CacheView
 from lragent.serve.engine.constraint import Allowed, Constraint
 from lragent.serve.engine.detokenizer import Detokenizer
 from lragent.serve.engine.grammar import Grammars
 from lragent.serve.engine.launched import Launched
+from lragent.serve.engine.role_weights import PreparedRole, RoleWeights
+from lragent.serve.engine.roles import EngineRole, RoleTable
 from lragent.serve.engine.runner import Runner
 from lragent.serve.engine.scheduler import Scheduler
-from lragent.serve.engine.sequence import EngineRole, Piece, Sequence
+from lragent.serve.engine.sequence import Piece, Sequence
 from lragent.serve.engine.turns import TurnMemory
 from lragent.serve.engine.types import (
     Chunk,
@@ -32,6 +36,7 @@ from lragent.serve.engine.types import (
     SamplingParams,
     TokenLogprob,
     UnknownRoleError,
+    Usage,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,24 +51,42 @@ class EngineLimits:
 
 
 @dataclass
-class EngineStats:
-    """Running sums, and what is going on now."""
+class TokenSums:
+    """What ended requests have cost together, see `Usage`."""
 
-    running: int = 0
-    waiting: int = 0
-    slots_total: int = 0
-    slots_used: int = 0
-    slots_cached: int = 0
+    finished: int = 0
     prompt_tokens: int = 0
     tokens_computed: int = 0
     base_reused: int = 0
     lr_reused: int = 0
     lr_prefilled: int = 0
     generated: int = 0
+
+    def add(self, usage: Usage) -> None:
+        """One more request has ended."""
+        self.finished += 1
+        self.prompt_tokens += usage.prompt_tokens
+        self.tokens_computed += usage.tokens_computed
+        self.base_reused += usage.base_reused
+        self.lr_reused += usage.lr_reused
+        self.lr_prefilled += usage.lr_prefilled
+        self.generated += usage.completion_tokens
+
+
+@dataclass
+class EngineStats(TokenSums):
+    """Running sums, and what is going on now."""
+
+    running: int = 0
+    waiting: int = 0
+    drawn: int = 0
+    """Tokens of answers, those of open requests too."""
+    slots_total: int = 0
+    slots_used: int = 0
+    slots_cached: int = 0
     device_busy_s: float = 0.0
     device_idle_s: float = 0.0
     """On a GPU: how long it worked on steps, and how long it waited for the host between two of them."""
-    finished: int = 0
     preempted: int = 0
     base_evicted: int = 0
     lr_evicted: int = 0
@@ -76,6 +99,10 @@ class EngineStats:
     lr_bytes_used: int = 0
     lr_bytes_total: int = 0
     """In `base_shared` base and LR cache share one memory, which is the total of both."""
+    roles: Mapping[str, TokenSums] = field(default_factory=dict)
+    """The sums of the requests of each role, by the name that they asked for."""
+    running_roles: Mapping[str, int] = field(default_factory=dict)
+    """Open requests by role."""
 
 
 class Engine:
@@ -87,7 +114,9 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         tokenizer: PreTrainedTokenizerBase,
-        roles: dict[str, EngineRole],
+        roles: RoleTable,
+        weights: RoleWeights | None,
+        writer_of: Callable[[str], Reader],
         end_tokens: frozenset[int],
         vocab_size: int,
         limits: EngineLimits,
@@ -98,6 +127,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = limits
         self.roles = roles
+        self.weights = weights
+        """Where roles can be put while the engine runs; None where it has none."""
+        self._writer_of = writer_of
+        self._role_sums: dict[str, TokenSums] = {}
         self._runner = runner
         self._scheduler = scheduler
         self._begun: dict[int, Lease] = {}
@@ -109,7 +142,7 @@ class Engine:
         self._seed = seed
         self._open: dict[str, Sequence] = {}
         self._sums = EngineStats()
-        scheduler.cache.set_live_writers([role.reader.writer for role in roles.values()])
+        self._look_at_writers()
 
     @property
     def cache(self) -> RoleCache:
@@ -128,8 +161,9 @@ class Engine:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UserError where `request` cannot be served. Any thread may call it; a new grammar is compiled here."""
-        if request.role not in self.roles:
-            known = ", ".join(self.roles)
+        roles = self.roles.named
+        if request.role not in roles:
+            known = ", ".join(roles)
             raise UnknownRoleError(f"model: the role {request.role!r} is not loaded; loaded are {known}.")
         ids = request.prompt.ids
         if not len(ids):
@@ -155,7 +189,7 @@ class Engine:
             raise UserError(f"request_id: {request.request_id!r} is running already.")
         if len(self._scheduler.waiting) >= self.limits.max_waiting:
             raise QueueFullError(f"{self.limits.max_waiting} requests wait already; try again later.")
-        role = self.roles[request.role]
+        role = self.roles.named[request.role]
         self._seed += 1
         sequence = Sequence(
             request=request,
@@ -168,6 +202,7 @@ class Engine:
             constraint=self._constraint(request.params),
         )
         self._open[request.request_id] = sequence
+        self.roles.begin(role)
         self._scheduler.add(sequence)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
@@ -181,10 +216,34 @@ class Engine:
         size, speakers = len(request.prompt.ids), request.prompt.speakers
         if speakers is None or not self.sharing.one_writer_per_token:
             return np.full(size, role.reader.writer, np.int64)
-        writers = [self.roles.get(name, role).reader.writer for name, _ in speakers]
+        writers = [self.roles.named.get(name, role).reader.writer for name, _ in speakers]
         tags = np.repeat(np.array(writers, np.int64), [count for _, count in speakers])
         tags[size - request.prompt.opening :] = role.reader.writer
         return tags
+
+    def put_role(self, prepared: PreparedRole) -> None:
+        """Load a role, in the place of another of its name where there is one. Requests that run go on with what they
+        began with. Raises RoleRoomError where no place is free."""
+        assert self.weights is not None, "no projection is adapted"
+        place = self.roles.free_place()
+        self.weights.put(place, prepared)
+        self._left(self.roles.put(EngineRole(prepared.name, place, self._writer_of(prepared.digest))))
+
+    def drop_role(self, name: str) -> None:
+        """Unload a role. Requests of it that run go on to their end."""
+        self._left(self.roles.drop(name))
+
+    def _left(self, role: EngineRole | None) -> None:
+        """Roles have changed. role: one that has left its place by that."""
+        if role is not None and self.weights is not None:
+            self.weights.clear(role.index)
+            if role.reader.writer not in self.roles.role_of:
+                for sequence in self._open.values():
+                    sequence.inherit(role.reader.writer)
+        self._look_at_writers()
+
+    def _look_at_writers(self) -> None:
+        self.cache.set_live_writers(self.roles.writers)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, since a request may end at any moment."""
@@ -212,6 +271,9 @@ class Engine:
     def _launch(self, pieces: list[Piece]) -> Launched:
         for piece in pieces:
             self._begin(piece.sequence)
+        now = time.perf_counter()
+        for piece in pieces:
+            piece.sequence.note_held(now)
         constrained = any(piece.sequence.constraint for piece in pieces)
         launched = self._runner.launch(pieces, self._launched, self._constrain if constrained else None)
         for piece in pieces:
@@ -278,6 +340,7 @@ class Engine:
         """The next token of an answer."""
         params = sequence.request.params
         sequence.take(token)
+        self._sums.drawn += 1
         sequence.last_logprob = logprob
         constraint = sequence.constraint
         if constraint is not None:
@@ -301,25 +364,30 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str, *, fault: UserError | None = None) -> None:
         """End a request. fault: what it asks for that cannot be done after all."""
+        sequence.note_held(time.perf_counter())
         self._scheduler.remove(sequence)
-        usage = sequence.usage()
-        sums = self._sums
-        sums.finished += 1
-        sums.prompt_tokens += usage.prompt_tokens
-        sums.tokens_computed += usage.tokens_computed
-        sums.base_reused += usage.base_reused
-        sums.lr_reused += usage.lr_reused
-        sums.lr_prefilled += usage.lr_prefilled
-        sums.generated += usage.completion_tokens
+        usage = self._sum_up(sequence)
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and not sequence.detokenizer.stopped:
             self._remember(sequence)
         last: tuple[int, ...] = ()
         logprobs: tuple[TokenLogprob, ...] = ()
         if reason not in (FinishReason.CANCELLED, FinishReason.ERROR):
             last, logprobs = tuple(sequence.generated[-1:]), _listed(sequence.last_logprob)
-        del self._open[sequence.request.request_id]  # only now: until it is told, `fail_all` must find it
+        self._close(sequence)  # only now: until it is told, `fail_all` must find it
         error = None if fault is None else str(fault)
         self._tell(sequence, Chunk(text, last, logprobs, reason, usage, error, fault))
+
+    def _sum_up(self, sequence: Sequence) -> Usage:
+        usage = sequence.usage(self.cache.bytes_per_token)
+        self._sums.add(usage)
+        self._role_sums.setdefault(sequence.role.name, TokenSums()).add(usage)
+        return usage
+
+    def _close(self, sequence: Sequence) -> None:
+        del self._open[sequence.request.request_id]
+        left = self.roles.end(sequence.role)
+        if left is not None:
+            self._left(left)
 
     def _tell(self, sequence: Sequence, chunk: Chunk) -> None:
         """Hand a chunk out. The request of whoever fails to take it is cancelled; nobody else is to notice."""
@@ -341,8 +409,15 @@ class Engine:
     def fail_all(self, error: str) -> None:
         """End every request with an error, after a fault of a step."""
         for sequence in list(self._open.values()):
+            usage = self._sum_up(sequence)
             del self._open[sequence.request.request_id]
-            self._tell(sequence, Chunk(finish_reason=FinishReason.ERROR, usage=sequence.usage(), error=error))
+            self._tell(sequence, Chunk(finish_reason=FinishReason.ERROR, usage=usage, error=error))
+
+    def view(self, most: int) -> tuple[CacheView, dict[int, str], dict[str, str]]:
+        """The cache, and the names of roles by writer's tag and by digest, as far as they are loaded."""
+        named = self.roles.named.values()
+        writers = {role.reader.writer: role.name for role in named}
+        return self.cache.view(most), writers, {role.reader.digest: role.name for role in named}
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -364,6 +439,8 @@ class Engine:
             base_bytes_total=memory.base_total,
             lr_bytes_used=memory.lr_used,
             lr_bytes_total=memory.lr_total,
+            roles={name: replace(sums) for name, sums in list(self._role_sums.items())},
+            running_roles=self.roles.running(),
         )
 
 

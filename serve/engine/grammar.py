@@ -41,7 +41,7 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
         """JSON that is valid by `schema`, such as `{"type": "object"}`. Raises UserError for no schema at all."""
         try:
-            source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+            source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)  # type: ignore[arg-type]  # the keys it knows
         except (TypeError, ValueError) as error:
             raise UserError(f"json_schema: is no JSON schema: {_line(error)}.") from None
         return cls(source)
@@ -123,7 +123,7 @@ class Grammars:
         if self._vocabulary is None:
             tokenizer, vocab_size, end_tokens = self._given
             size = max(vocab_size, len(tokenizer))
-            self._vocabulary = from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens))  # type: ignore[arg-type]  # a fast tokenizer
+            self._vocabulary = from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(end_tokens))
             self._words = (size + 31) // 32
         return self._vocabulary
 

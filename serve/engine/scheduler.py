@@ -266,7 +266,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.cache.close(sequence.held, sequence.keepable)
-        sequence.lease = None
+        sequence.lease, sequence.held_since = None, None
         heapq.heappush(self._rows, sequence.row)
         sequence.row = -1
         self._line.gone(sequence)

@@ -8,19 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lragent.serve.cache.elements import Ints, Tokens
-from lragent.serve.cache.lease import Lease, Reader
+from lragent.serve.cache.lease import Lease
 from lragent.serve.engine.constraint import Constraint
 from lragent.serve.engine.detokenizer import Detokenizer
+from lragent.serve.engine.roles import EngineRole
 from lragent.serve.engine.types import Chunk, GenerationRequest, TokenLogprob, Usage
-
-
-@dataclass(frozen=True)
-class EngineRole:
-    """A role as the engine runs it: its index in the model's `RoleLinear`s (0 = base) and its name in the cache."""
-
-    name: str
-    index: int
-    reader: Reader
 
 
 @dataclass(eq=False)
@@ -52,6 +44,9 @@ class Sequence:
     row: int = -1
     came: int = 0
     served: int = 0
+    held_tokens: float = 0.0
+    """Positions that it has held, each by the seconds for which it did."""
+    held_since: float | None = None
     usage_at_start: Usage | None = None
     """Prompt counts of the first admission; a preemption does not change them."""
 
@@ -89,6 +84,20 @@ class Sequence:
         if self.lease is not None and position < self.lease.length:
             self.lease.tokens[position] = token
 
+    def note_held(self, now: float) -> None:
+        """At `now` (seconds) it holds what its lease says."""
+        if self.held_since is not None and self.lease is not None:
+            self.held_tokens += (now - self.held_since) * self.lease.length
+        self.held_since = None if self.lease is None else now
+
+    def inherit(self, writer: int) -> None:
+        """`writer` has gone: what it was to write, and has not yet, this sequence's own role writes."""
+        own = self.role.reader.writer
+        self.tags = np.where(self.tags == writer, own, self.tags)
+        if self.lease is not None:
+            ahead = self.lease.tags[self.computed : self.lease.length]
+            ahead[ahead == writer] = own
+
     def context(self) -> tuple[Tokens, Ints]:
         """What is known: the tokens of prompt and answer, and who is to write each."""
         tokens, tags = self.request.prompt.ids, self.tags
@@ -97,8 +106,8 @@ class Sequence:
         own = np.full(len(self.generated), self.role.reader.writer)
         return np.concatenate([tokens, np.array(self.generated, np.int32)]), np.concatenate([tags, own])
 
-    def usage(self) -> Usage:
-        """What this request cost up to now."""
+    def usage(self, bytes_per_token: int = 0) -> Usage:
+        """What this request cost up to now. bytes_per_token: what one position of its cache takes."""
         start = self.usage_at_start or Usage(len(self.request.prompt.ids), 0, 0, 0, 0, 0)
         return Usage(
             prompt_tokens=start.prompt_tokens,
@@ -107,6 +116,7 @@ class Sequence:
             base_reused=start.base_reused,
             lr_reused=start.lr_reused,
             lr_prefilled=start.lr_prefilled,
+            kv_byte_seconds=self.held_tokens * bytes_per_token,
         )
 
 

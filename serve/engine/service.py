@@ -7,15 +7,30 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from lragent.adapter_set import AdapterSet
+from lragent.chat import BASE
 from lragent.errors import UserError
 from lragent.modes import SharingMode
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineStats
-from lragent.serve.engine.types import Chunk, EngineDeadError, FinishReason, GenerationRequest, QueueFullError, RoleCard
+from lragent.serve.engine.role_weights import PreparedRole
+from lragent.serve.engine.types import (
+    Chunk,
+    EngineDeadError,
+    FinishReason,
+    GenerationRequest,
+    QueueFullError,
+    RoleCard,
+    UnknownRoleError,
+)
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +41,7 @@ class EngineService:
     def __init__(self, engine: Engine, chat: ChatPrompts, roles: list[RoleCard], model_name: str) -> None:
         self.chat = chat
         self.roles = roles
+        """The base first. Replaced as a whole, never changed."""
         self.model_name = model_name
         self.failure: str | None = None
         self._engine = engine
@@ -114,16 +130,28 @@ class EngineService:
             self.cancel(request.request_id)  # where it was interrupted
         return joined(parts)
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """The answer piece by piece. Leaving the iteration early cancels the request. Raises as `submit`."""
+    def stream(
+        self, request: GenerationRequest, watch: Callable[[Chunk], None] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer piece by piece. Leaving the iteration early cancels the request. Raises as `submit`, at once.
+
+        watch: called from the engine's thread with each piece, the last too, whether anybody listens or not.
+        """
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
 
         def hand_over(chunk: Chunk) -> None:
+            if watch is not None:
+                watch(chunk)
             if not loop.is_closed():
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         self.submit(request, hand_over)
+        return self._handed_over(request, chunks)
+
+    async def _handed_over(
+        self, request: GenerationRequest, chunks: asyncio.Queue[Chunk]
+    ) -> AsyncGenerator[Chunk, None]:
         ended = False
         try:
             while not ended:
@@ -133,6 +161,58 @@ class EngineService:
         finally:
             if not ended:
                 self.cancel(request.request_id)
+
+    def ask(self, question: Callable[[Engine], T]) -> Future[T]:
+        """What `question` says of the engine, in its own thread between two steps; it must be quick.
+
+        The answer is EngineDeadError where the engine has failed.
+        """
+        answer: Future[T] = Future()
+
+        def put() -> None:
+            try:
+                if self.failure is not None:
+                    raise EngineDeadError(f"The engine does not run: {self.failure}.")
+                answer.set_result(question(self._engine))
+            except Exception as fault:
+                answer.set_exception(fault)
+
+        with self._lock:
+            if not self.alive:
+                raise EngineDeadError(f"The engine does not run{f': {self.failure}' if self.failure else ''}.")
+            self._inbox.put(put)
+        return answer
+
+    def prepare_role(self, adapters: AdapterSet, role: str, *, name: str, root: str) -> PreparedRole:
+        """See RoleWeights.prepare. Takes a moment; nothing that runs waits for it."""
+        if self._engine.weights is None:
+            raise UserError("roles: this server was started without roles, so it has no A that others could share.")
+        return self._engine.weights.prepare(adapters, role, name=name, root=root)
+
+    def load_role(self, prepared: PreparedRole) -> Future[None]:
+        """Serve a role from now on, under a name that may be another's. Requests that run are not disturbed.
+
+        The answer is RoleRoomError where no place is free.
+        """
+
+        def put(engine: Engine) -> None:
+            engine.put_role(prepared)
+            card = RoleCard(prepared.name, self.model_name, prepared.root, prepared.digest)
+            self.roles = [*(each for each in self.roles if each.name != card.name), card]
+
+        return self.ask(put)
+
+    def unload_role(self, name: str) -> Future[None]:
+        """Serve a role no longer. Its requests that run go on to their end. The answer is UnknownRoleError where it is
+        not loaded."""
+
+        def drop(engine: Engine) -> None:
+            if name not in engine.roles.named or name == BASE:
+                raise UnknownRoleError(f"lora_name: {name!r} is not loaded.")
+            engine.drop_role(name)
+            self.roles = [each for each in self.roles if each.name != name]
+
+        return self.ask(drop)
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's counters; they may be one step apart from each other."""

@@ -171,12 +171,14 @@ class Prompt:
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
         only entries that this role wrote.
     key: under which the answer is remembered, for a client that sends its text back; None: nobody will.
+    tool_spans: half-open spans of tokens that tools have said.
     """
 
     token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
     position_roles: Sequence[str] | None = None
     opening: int = 1
     key: ContextKey | None = None
+    tool_spans: tuple[tuple[int, int], ...] = ()
     speakers: tuple[tuple[str, int], ...] | None = field(init=False, default=None)
     """`position_roles` as runs: a role, and how many positions it has."""
 
@@ -200,6 +202,11 @@ class Prompt:
         if self.position_roles is not None:
             runs = tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
             object.__setattr__(self, "speakers", runs)
+
+    def tool_tokens(self, last: int) -> int:
+        """How many of its `last` tokens tools have said."""
+        start = len(self.ids) - last
+        return sum(max(0, end - max(start, begin)) for begin, end in self.tool_spans)
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:

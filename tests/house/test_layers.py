@@ -22,7 +22,12 @@ ARROWS = {
     "eval": set(ROOMS),
     "bench": set(ROOMS),
 }
-SERVE_ARROWS = {"cache": {"cache"}, "engine": {"cache", "engine"}, "api": {"cache", "engine", "api"}}
+SERVE_ARROWS = {
+    "cache": {"cache"},
+    "engine": {"cache", "engine"},
+    "ledger": {"engine", "ledger"},
+    "api": {"cache", "engine", "ledger", "api"},
+}
 ONLY_IN = {
     "fastapi": "serve/api/",
     "uvicorn": "serve/api/",

@@ -97,7 +97,7 @@ class RadixMachine(RuleBasedStateMachine):
                 break
             longest = grown
         length = self.tree.measure(name, ints(tokens), accept)
-        slots, tags, node = self.tree.match(name, ints(tokens), accept, next(self.now))
+        slots, tags, node = self.tree.match(name, ints(tokens), accept, next(self.now), 0)
         assert length == len(slots)
         path = tuple(zip(tokens, tags.tolist(), strict=False))
         assert path in longest
@@ -161,7 +161,7 @@ def test_the_longest_unused_goes_first_and_its_end_before_its_beginning() -> Non
     put(tree, [1, 2, 3], 10, now=1)
     put(tree, [4, 5, 6], 20, now=2)
     put(tree, [7, 8, 9], 30, now=3)
-    tree.match(NAMES[0], ints([1, 2, 3]), everything, 4)
+    tree.match(NAMES[0], ints([1, 2, 3]), everything, 4, 0)
     assert tree.oldest() == 2
     assert tree.evict(2).tolist() == [21, 22]
     assert tree.evict(2).tolist() == [20, 32]
@@ -188,7 +188,7 @@ def test_a_path_that_grows_in_steps_stays_one_node() -> None:
         held = node
     tree.unlock(held)
     assert sum(1 for _ in tree._nodes()) == 1
-    slots, _, end = tree.match(NAMES[0], ints(range(49)), everything, 0)
+    slots, _, end = tree.match(NAMES[0], ints(range(49)), everything, 0, 0)
     assert end is held
     assert slots.tolist() == list(range(100, 149))
 
@@ -212,7 +212,7 @@ def test_times_are_not_mixed() -> None:
     tree = RadixTree()
     put(tree, [1, 2, 3, 4], 10, now=1)
     put(tree, [7, 8], 20, now=2)
-    _, _, beginning = tree.match(NAMES[0], ints([1, 2]), everything, 3)
+    _, _, beginning = tree.match(NAMES[0], ints([1, 2]), everything, 3, 0)
     tree.lock(beginning)
     tree.unlock(beginning)
     assert tree.evict(2).tolist() == [12, 13]
@@ -225,7 +225,7 @@ def test_outdated_notes_on_idle_leaves_do_not_pile_up() -> None:
     for first in range(10):
         put(tree, [first, 0, 0], 10 * first)
     for _ in range(500):
-        _, _, node = tree.match(NAMES[0], ints([3, 0, 0]), everything, 0)
+        _, _, node = tree.match(NAMES[0], ints([3, 0, 0]), everything, 0, 0)
         tree.lock(node)
         tree.unlock(node)
     assert len(tree._idle) < 200

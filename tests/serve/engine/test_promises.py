@@ -197,7 +197,7 @@ def test_other_weights_under_an_old_name_never_hit_old_entries(mode: SharingMode
     cache = before.engine.cache
     after.engine._scheduler.cache = cache
     after.engine._runner.attention = before.engine._runner.attention
-    cache.set_live_writers([role.reader.writer for role in after.engine.roles.values()])
+    cache.set_live_writers([role.reader.writer for role in after.engine.roles.named.values()])
     usage = after.ask("plan", ids).usage
     assert usage is not None
     assert (usage.base_reused, usage.lr_reused) == (0, 0)
