@@ -9,7 +9,7 @@ plain form is used, and `TurnForm.reason` says why.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,16 +47,19 @@ class TurnForm:
     write: Mapping[str, Callable[[str], str]]
 
 
-def turn_form(tokenizer: Any) -> TurnForm:
+def turn_form(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> TurnForm:
     """Probe the chat template of a transformers `tokenizer`; fall back to the plain form where it is unsuitable.
 
-    Raises `UserError` where the plain form is needed and the tokenizer has no token to end a turn.
+    tools: shown by the template, wherever it does so; they cannot be shown in the plain form. Raises `UserError` where
+    that would be needed, and where the tokenizer has no token to end a turn of the plain form with.
     """
     if not getattr(tokenizer, "chat_template", None):
         return _plain_form(tokenizer, "the tokenizer has no chat template")
     try:
-        return _template_form(tokenizer)
+        return _template_form(tokenizer, tools)
     except _UnsuitableError as unsuitable:
+        if tools:
+            raise UserError(f"tools: cannot be shown: the chat template {unsuitable} when there are any.") from None
         return _plain_form(tokenizer, f"the chat template {unsuitable}")
 
 
@@ -106,17 +109,17 @@ def _escaped(text: str) -> str:
 _WRITERS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip, _escaped)
 
 
-def _template_form(tokenizer: Any) -> TurnForm:
+def _template_form(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> TurnForm:
     frames: dict[Pair, tuple[str, str]] = {}
     for walk in _WALKS:
-        _read_frames(tokenizer, walk, frames)
+        _read_frames(tokenizer, walk, frames, tools)
     with_late_system = dict(frames)
     try:
-        _read_frames(tokenizer, _LATE_SYSTEM, with_late_system)
+        _read_frames(tokenizer, _LATE_SYSTEM, with_late_system, tools)
         frames = with_late_system
     except _UnsuitableError:
         pass
-    write = _read_writers(tokenizer, frames)
+    write = _read_writers(tokenizer, frames, tools)
 
     opening, ending = frames["user", "assistant"]
     if not _ids(tokenizer, opening):
@@ -134,10 +137,12 @@ def _template_form(tokenizer: Any) -> TurnForm:
     return TurnForm("template", "the chat template keeps what it wrote, turn after turn", split, write)
 
 
-def _read_frames(tokenizer: Any, walk: tuple[str, ...], frames: dict[Pair, tuple[str, str]]) -> None:
+def _read_frames(
+    tokenizer: Any, walk: tuple[str, ...], frames: dict[Pair, tuple[str, str]], tools: Sequence[Mapping[str, Any]]
+) -> None:
     """Add the (head, tail) of every pair in `walk` to `frames`; refuse where a pair is framed in two ways."""
     contents = [f"qz{at}zq" for at in range(len(walk))]
-    for at, (pair, segment) in enumerate(_segments(tokenizer, walk, contents)):
+    for at, (pair, segment) in enumerate(_segments(tokenizer, walk, contents, tools)):
         head, found, tail = segment.partition(contents[at])
         if not found or contents[at] in tail:
             raise _UnsuitableError(f"does not write the content of {pair[1]} messages where they stand")
@@ -147,12 +152,14 @@ def _read_frames(tokenizer: Any, walk: tuple[str, ...], frames: dict[Pair, tuple
             )
 
 
-def _read_writers(tokenizer: Any, frames: Mapping[Pair, tuple[str, str]]) -> dict[str, Callable[[str], str]]:
+def _read_writers(
+    tokenizer: Any, frames: Mapping[Pair, tuple[str, str]], tools: Sequence[Mapping[str, Any]]
+) -> dict[str, Callable[[str], str]]:
     """Find what the template does to each speaker's content."""
     possible = {speaker: list(_WRITERS) for speaker in SPEAKERS}
     for walk in _WALKS:
         for content in _TEMPTING:
-            for pair, segment in _segments(tokenizer, walk, [content] * len(walk)):
+            for pair, segment in _segments(tokenizer, walk, [content] * len(walk), tools):
                 head, tail = frames[pair]
                 fitting = [write for write in possible[pair[1]] if segment == head + write(content) + tail]
                 if not fitting:
@@ -161,14 +168,16 @@ def _read_writers(tokenizer: Any, frames: Mapping[Pair, tuple[str, str]]) -> dic
     return {speaker: fitting[0] for speaker, fitting in possible.items()}
 
 
-def _segments(tokenizer: Any, walk: tuple[str, ...], contents: list[str]) -> Iterator[tuple[Pair, str]]:
+def _segments(
+    tokenizer: Any, walk: tuple[str, ...], contents: list[str], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Pair, str]]:
     """Yield what each message of `walk` adds to the text rendered so far."""
     before = ""
     for at, speaker in enumerate(walk):
         messages = [{"role": role, "content": content} for role, content in zip(walk[: at + 1], contents, strict=False)]
         previous = walk[at - 1] if at else None
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, tools=list(tools) or None)
         except Exception as error:  # a template is a program: it may raise anything
             after = f"a turn of {previous}" if previous else "nothing"
             raise _UnsuitableError(f"refuses a turn of {speaker} after {after} ({error})") from error

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lragent.chat_tools import ToolForm, read_tool_calls
 from lragent.errors import UserError
 
 SPEAKERS = ("system", "user", "assistant", "tool")
@@ -23,20 +24,21 @@ class Turn:
     learnt: bool = True
 
 
-def read_messages(messages: Any, *, where: str = "messages") -> list[Turn]:
+def read_messages(messages: Any, *, where: str = "messages", tools: ToolForm | None = None) -> list[Turn]:
     """Check `messages` and return them as turns.
 
     Content is a text or a list of `{"type": "text", "text": …}` parts, which are joined. Raises `UserError` that begins
-    with the field, such as `messages[3].role`; `where` names the list itself.
+    with the field, such as `messages[3].role`; `where` names the list itself. tools: how the model writes calls, where
+    it does: those of an assistant's `tool_calls` become part of its text.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise UserError(f"{where}: expected a list of messages, found {_kind(messages)}.")
     if not messages:
         raise UserError(f"{where}: is empty; give at least one message.")
-    return [_read_message(message, f"{where}[{at}]") for at, message in enumerate(messages)]
+    return [_read_message(message, f"{where}[{at}]", tools) for at, message in enumerate(messages)]
 
 
-def _read_message(message: Any, where: str) -> Turn:
+def _read_message(message: Any, where: str, tools: ToolForm | None) -> Turn:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected a message with role and content, found {_kind(message)}.")
     speaker = message.get("role")
@@ -44,9 +46,13 @@ def _read_message(message: Any, where: str) -> Turn:
         speaker = "system"
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise UserError(f"{where}.role: is {speaker!r}; use one of {', '.join(SPEAKERS)}.")
-    for field in ("tool_calls", "function_call"):
-        if message.get(field):
-            raise UserError(f"{where}.{field}: is not supported; write the call into the content.")
+    if message.get("function_call"):
+        raise UserError(f"{where}.function_call: is not supported; use tool_calls.")
+    calls = []
+    if message.get("tool_calls"):
+        if tools is None or speaker != "assistant":
+            raise UserError(f"{where}.tool_calls: is not supported here; write the call into the content.")
+        calls = read_tool_calls(message["tool_calls"], f"{where}.tool_calls")
     author, weight = None, 1
     if speaker == "assistant":
         weight = message.get("weight", 1)
@@ -57,7 +63,11 @@ def _read_message(message: Any, where: str) -> Turn:
         author = message.get("name")
         if author is not None and (not isinstance(author, str) or not author):
             raise UserError(f"{where}.name: expected the name of a role, found {_kind(author)}.")
-    return Turn(speaker, _read_content(message.get("content"), f"{where}.content"), author, learnt=bool(weight))
+    content = message.get("content")
+    text = "" if calls and content is None else _read_content(content, f"{where}.content")
+    if calls and tools is not None:
+        text = tools.write(text, calls)
+    return Turn(speaker, text, author, learnt=bool(weight))
 
 
 def _read_content(content: Any, where: str) -> str:

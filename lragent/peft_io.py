@@ -83,14 +83,22 @@ def adapter_set_from_peft(
     and the set records it. Folders that record no base are taken with an `UnknownBaseWarning`. Raises `UserError` as
     `read_peft_folder` does, and where A's differ without `stack`.
     """
-    if not folders:
+    return one_set(
+        {name: read_peft_folder(folder, name) for name, folder in folders.items()},
+        stack=stack,
+        base_fingerprint=base_fingerprint,
+    )
+
+
+def one_set(given: Mapping[str, AdapterSet], *, stack: bool = False, base_fingerprint: str | None = None) -> AdapterSet:
+    """The same of sets of one role each, by that role's name."""
+    if not given:
         raise UserError("give at least one adapter, as NAME=FOLDER")
     singles = []
-    for name, folder in folders.items():
-        single = read_peft_folder(folder, name)
+    for name, single in given.items():
         if single.base_fingerprint is None and base_fingerprint is None:
             warnings.warn(
-                f"the adapter {folder} does not record the base that it was made for (it is called "
+                f"the adapter {name} does not record the base that it was made for (it is called "
                 f"{single.base_model!r}); it is used on trust",
                 UnknownBaseWarning,
                 stacklevel=2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
@@ -14,6 +15,10 @@ from lragent.modes import PrefixWriter, SharingMode
 
 if TYPE_CHECKING:
     from lragent.serve.api.settings import ServeSettings
+
+
+SPARE = 8
+"""Places for roles that come later, where any may."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,6 +33,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--config", type=Path, metavar="FILE", help="YAML file with any of these settings")
     flag("--model", metavar="SPEC", help="hub id, folder or GGUF file (default: the embedded model)")
     flag("--roles", metavar="PACK", help="pack of the roles (default: the base model alone)")
+    flag(
+        "--lora-modules",
+        nargs="+",
+        metavar="NAME=PATH",
+        help="PEFT folders (or packs with that role) in place of one pack; stacked where they do not share one A",
+    )
+    flag(
+        "--roles-folder",
+        type=Path,
+        metavar="DIR",
+        help="let roles be loaded and unloaded while the server runs, from this folder only (default: not at all)",
+    )
+    flag("--max-roles", type=int, metavar="N", help="places for roles (default: with --roles-folder, 8 spare ones)")
     flag(
         "--sharing",
         type=_member(SharingMode),
@@ -61,7 +79,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--seed", type=int, help="for requests without a seed of their own (default: 0)")
     flag("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="port to listen on; 0 picks a free one (default: 8000)")
-    flag("--log-level", help="critical, error, warning, info or debug (default: warning)")
+    flag(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="ask for one of these keys, each SECRET or NAME=SECRET (better: $LRAGENT_API_KEY, with commas between)",
+    )
+    flag("--admin-key", metavar="KEY", help="who may load roles and see all figures (better: $LRAGENT_ADMIN_KEY)")
+    flag("--ledger", type=Path, metavar="FILE", help="write down in this SQLite file what every request cost")
+    flag("--request-timeout-s", type=float, metavar="S", help="end requests that take longer (default: no limit)")
+    flag("--log-level", help="critical, error, warning, info or debug (default: info)")
+    flag("--log-format", help="text or json, one object a line (default: text)")
     flag(
         "--check-integrity",
         action="store_true",
@@ -74,16 +102,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal. Raises `UserError` for what cannot be read, loaded or listened on."""
+    from lragent.serve.api.access import ApiKeys
     from lragent.serve.api.app import create_app
+    from lragent.serve.api.logs import configure_logging
     from lragent.serve.api.server import bind, serve
+    from lragent.serve.ledger.ledger import Ledger
 
     settings = settings_from(args)
+    configure_logging(settings.log_level, settings.log_format)
+    ApiKeys(settings.api_key, settings.admin_key)  # what is wrong with them is said before anything is loaded
     with bind(settings.host, settings.port) as sock:  # before torch is imported: a taken port is said at once
         from lragent.serve.engine.build import build_service
 
+        ledger = None if settings.ledger is None else Ledger(settings.ledger, settings.prices, settings.budgets)
         service = build_service(
             model=settings.model,
             roles=settings.roles,
+            lora_modules=settings.lora_modules,
+            spare_roles=SPARE if settings.roles_folder is not None else 0,
+            max_roles=settings.max_roles,
+            max_waiting=settings.max_num_waiting,
             sharing=settings.sharing,
             prefix_writer=settings.prefix_writer,
             dtype=settings.dtype,
@@ -101,9 +139,11 @@ def run(args: argparse.Namespace) -> int:
         gc.freeze()  # what is in memory now stays, and a pass over all of it would hold the engine up
         service.start()
         try:
-            serve(create_app(service, settings), service, settings, sock, _announce)
+            serve(create_app(service, settings, ledger), service, settings, sock, _announce)
         finally:
             service.stop(drain=False, timeout_s=float(settings.drain_s))
+            if ledger is not None:
+                ledger.close()
     return 0
 
 
@@ -115,6 +155,11 @@ def settings_from(args: argparse.Namespace) -> ServeSettings:
     settings = load_config(ServeSettings, args.config, args.overrides)
     names = ServeSettings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if not given.get("api_key") and not settings.api_key and os.environ.get("LRAGENT_API_KEY"):
+        given["api_key"] = tuple(key for key in os.environ["LRAGENT_API_KEY"].split(",") if key)
+    if not given.get("admin_key") and settings.admin_key is None and os.environ.get("LRAGENT_ADMIN_KEY"):
+        given["admin_key"] = os.environ["LRAGENT_ADMIN_KEY"]
     return replace(settings, **given)
 
 

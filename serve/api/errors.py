@@ -12,7 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from lragent.errors import UserError
+from lragent.serve.engine.roles import RoleRoomError
 from lragent.serve.engine.types import EngineDeadError, QueueFullError, UnknownRoleError
+from lragent.serve.ledger.budgets import OverBudgetError
+from lragent.serve.ledger.ledger import LedgerFailingError
 
 _FIELD = re.compile(r"([a-z]\w*(?:\[\d+\]|\.\w+)*): ")
 _LONGEST_MESSAGE = 500
@@ -60,6 +63,13 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, UnknownRoleError):
         return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, OverBudgetError):
+        headers = {} if error.retry_s is None else {"Retry-After": str(error.retry_s)}
+        return ApiError(429, str(error), code="over_budget", headers=headers)
+    if isinstance(error, RoleRoomError):
+        return ApiError(429, str(error), code="no_place", headers={"Retry-After": str(_QUEUE_RETRY_S)})
+    if isinstance(error, LedgerFailingError):
+        return ApiError(503, str(error), code="ledger_failing", headers={"Retry-After": "10"})
     if isinstance(error, UserError):
         return bad_request(str(error))
     if isinstance(error, QueueFullError):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from lragent.serve.api.context import Service
-from lragent.serve.api.errors import ApiError, bad_request
+from lragent.errors import UserError
+from lragent.serve.api.errors import bad_request
+from lragent.serve.api.metering import Call, Meter, budgets_body
+from lragent.serve.api.service import Service
 from lragent.serve.engine.service import joined
 from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, TokenLogprob, Usage
+from lragent.serve.ledger.budgets import Left
 
 T = TypeVar("T")
 
@@ -43,30 +47,10 @@ def check_room(field: str, prompt: Prompt, max_model_len: int) -> None:
         )
 
 
-async def stream_chunks(service: Service, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-    """Yield the chunks of one request; the last has its finish reason (stop or length) and usage.
-
-    Closing the generator cancels the request. Raises what `Service.stream` does, and ApiError where the engine gave up.
-    """
-    async with aclosing(service.stream(request)) as chunks:
-        async for chunk in chunks:
-            if chunk.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
-                raise _failure(service, chunk)
-            yield chunk
-
-
-def _failure(service: Service, chunk: Chunk) -> ApiError:
-    if not service.alive:
-        return ApiError(503, chunk.error or "The engine has stopped.", code="engine_dead")
-    if chunk.finish_reason is FinishReason.CANCELLED:
-        return ApiError(503, chunk.error or "The request was cancelled.", code="cancelled")
-    return ApiError(500, chunk.error or "The engine failed on this request.", code="engine_error")
-
-
-async def gather_answers(service: Service, requests: Sequence[GenerationRequest]) -> list[Answer]:
+async def gather_answers(meter: Meter, call: Call, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Run `requests` beside one another. Where one fails, the others are cancelled and its error is raised."""
     gathered: list[list[Chunk]] = [[] for _ in requests]
-    async with aclosing(interleave(service, requests)) as pieces:
+    async with aclosing(interleave(meter, call, requests)) as pieces:
         async for index, chunk in pieces:
             gathered[index].append(chunk)
     return [_answer(joined(chunks)) for chunks in gathered]
@@ -79,18 +63,18 @@ def _answer(whole: Chunk) -> Answer:
 
 
 async def interleave(
-    service: Service, requests: Sequence[GenerationRequest]
+    meter: Meter, call: Call, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
     """Yield (index of the request, chunk) as they come. One failure ends all; closing cancels all."""
     if len(requests) == 1:
-        async with aclosing(stream_chunks(service, requests[0])) as chunks:
+        async with aclosing(meter.stream(call, requests[0])) as chunks:
             async for chunk in chunks:
                 yield 0, chunk
         return
     queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
 
     async def pump(index: int) -> None:
-        async with aclosing(stream_chunks(service, requests[index])) as chunks:
+        async with aclosing(meter.stream(call, requests[index])) as chunks:
             async for chunk in chunks:
                 queue.put_nowait((index, chunk))
 
@@ -137,19 +121,56 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
-    """OpenAI's `usage` of the requests together. `cached_tokens` are those of the prompt that no model ran over."""
-    prompt, completion = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
-    reused, prefilled = sum(u.base_reused for u in usages), sum(u.lr_prefilled for u in usages)
+async def compile_grammar(service: Service, request: GenerationRequest, field: str) -> None:
+    """Compile a request's grammar, if it has one, away from the event loop: huge ones take a tenth of a second.
+
+    Raises UserError naming `field`, which has asked for it.
+    """
+    if request.params.grammar is None:
+        return
+    try:
+        await asyncio.to_thread(service.check, request)
+    except UserError as error:
+        raise UserError(re.sub(r"^grammar: ", f"{field}: ", str(error))) from None
+
+
+def copies(request: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """`n` requests for one prompt, each with draws of its own."""
+    if n == 1:
+        return [request]
+    seed = request.params.seed
+    return [
+        replace(
+            request,
+            request_id=f"{request.request_id}-{at}",
+            params=request.params if seed is None else replace(request.params, seed=_seed(seed, at)),
+        )
+        for at in range(n)
+    ]
+
+
+def _seed(seed: int, at: int) -> int:
+    """In 64 bits, as seeds must be."""
+    return (seed + at + 2**63) % 2**64 - 2**63
+
+
+def usage_body(usages: Sequence[Usage], n: int = 1, left: Sequence[Left] = ()) -> dict[str, Any]:
+    """OpenAI's `usage` of the requests together, `n` for each prompt, which counts once. `cached_tokens` are those of
+    the prompts that no model ran over; `lragent` counts what all requests cost. left: of the budgets that apply."""
+    prompt, completion = sum(u.prompt_tokens for u in usages) // n, sum(u.completion_tokens for u in usages)
+    computed = sum(u.tokens_computed for u in usages)
+    own: dict[str, Any] = {
+        "tokens_computed": computed,
+        "base_reused": sum(u.base_reused for u in usages),
+        "lr_reused": sum(u.lr_reused for u in usages),
+        "lr_prefilled": sum(u.lr_prefilled for u in usages),
+    }
+    if left:
+        own["budgets"] = budgets_body(list(left))
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": reused - prefilled},
-        "lragent": {
-            "tokens_computed": sum(u.tokens_computed for u in usages),
-            "base_reused": reused,
-            "lr_reused": sum(u.lr_reused for u in usages),
-            "lr_prefilled": prefilled,
-        },
+        "prompt_tokens_details": {"cached_tokens": max(0, prompt - computed)},
+        "lragent": own,
     }

@@ -8,7 +8,9 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
 from lragent.chat import BASE
-from lragent.serve.api.context import Context, Service
+from lragent.serve.api.context import Context
+from lragent.serve.api.openapi import answers
+from lragent.serve.api.service import Service
 from lragent.serve.engine.types import RoleCard, UnknownRoleError
 
 
@@ -33,13 +35,15 @@ def models_router(context: Context) -> APIRouter:
     """GET /v1/models and /v1/models/{id}."""
     router = APIRouter()
 
-    @router.get("/v1/models", response_model=None)
+    some = answers(json={"type": "object"})
+
+    @router.get("/v1/models", response_model=None, openapi_extra=some)
     async def list_models() -> JSONResponse:
         service = context.service
         cards = [_base_card(context), *(_role_card(context, role) for role in _adapters(service))]
         return JSONResponse({"object": "list", "data": cards})
 
-    @router.get("/v1/models/{model:path}", response_model=None)
+    @router.get("/v1/models/{model:path}", response_model=None, openapi_extra=some)
     async def get_model(model: str) -> JSONResponse:
         name = resolve_role(context.service, model)
         if name == BASE:

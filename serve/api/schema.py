@@ -7,13 +7,16 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
+from lragent.chat_tools import ToolChoice, check_tools
 from lragent.errors import UserError
 from lragent.serve.api.errors import shown
+from lragent.serve.api.formats import grammar_of_format, grammar_of_structured
 from lragent.serve.api.unsupported import check_unsupported
+from lragent.serve.engine.grammar import Grammar
 from lragent.serve.engine.types import MAX_BIASED, MAX_LOGPROBS, SamplingParams
 
 MAX_PROMPTS = 128
-"""In one completions request."""
+"""In one completions request; `n` for each of them counts."""
 
 
 def _listed(value: Any) -> Any:
@@ -48,6 +51,8 @@ class TextRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: Label
+    n: Whole | None = None
+    """Answers to each prompt."""
     max_tokens: Whole | None = None
     temperature: Number | None = None
     top_p: Number | None = None
@@ -55,7 +60,15 @@ class TextRequest(BaseModel):
     min_p: Number | None = None
     seed: Whole | None = None
     stop: Stops = []
+    include_stop_str_in_output: Flag | None = None
+    stop_token_ids: list[Whole] | None = None
+    min_tokens: Whole | None = None
     ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    response_format: Any = None
+    """What the text must match: OpenAI's json_object and json_schema, and regex and grammar (Lark)."""
+    structured_outputs: Any = None
+    """vLLM's form of the same."""
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
@@ -69,6 +82,23 @@ class TextRequest(BaseModel):
     """Isolates a tenant's cache."""
     user: Label | None = None
     trajectory_id: Label | None = None
+
+    def choices(self, limit: int) -> int:
+        """How many answers to each prompt. Raises UserError where they are more than `limit`."""
+        count = 1 if self.n is None else self.n
+        if not 1 <= count <= limit:
+            raise UserError(f"n: must be between 1 and {limit}, not {count}.")
+        return count
+
+    def grammar(self) -> Grammar | None:
+        """What the text must match. Raises UserError naming the field."""
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise UserError("structured_outputs: cannot be used together with response_format.")
+        return grammar_of_format(self.response_format) or grammar_of_structured(self.structured_outputs)
+
+    def grammar_field(self) -> str:
+        """The field that asks for a grammar, where one does."""
+        return "response_format" if self.response_format is not None else "structured_outputs"
 
     @property
     def salt(self) -> str:
@@ -120,6 +150,11 @@ class TextRequest(BaseModel):
             "min_p": self.min_p,
             "seed": self.seed,
             "stop": tuple(self.stop),
+            "include_stop": self.include_stop_str_in_output,
+            "stop_token_ids": self.stop_token_ids,
+            "min_tokens": self.min_tokens,
+            "skip_special_tokens": self.skip_special_tokens,
+            "grammar": self.grammar(),
             "ignore_eos": self.ignore_eos,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
@@ -138,6 +173,21 @@ class ChatRequest(TextRequest):
     max_completion_tokens: Whole | None = None
     logprobs: Flag | None = None
     top_logprobs: Whole | None = None
+    tools: list[Any] | None = None
+    """Functions that may be called, where the model's chat template knows of any."""
+    tool_choice: Any = None
+    """none, auto, required, or `{"type": "function", "function": {"name": …}}`."""
+    parallel_tool_calls: Flag | None = None
+
+    def grammar_field(self) -> str:
+        return "tools" if self.tools else super().grammar_field()
+
+    def offered_tools(self) -> tuple[list[dict[str, Any]], ToolChoice]:
+        """The tools that the answer may call, and whether it may. Raises UserError naming the field."""
+        tools, choice = check_tools(self.tools, self.tool_choice)
+        if choice.mode != "none" and self.grammar() is not None:
+            raise UserError("tools: cannot be used together with response_format or structured_outputs.")
+        return tools, choice
 
     def alternatives(self) -> int | None:
         count = self.top_logprobs or 0
@@ -154,18 +204,15 @@ class ChatRequest(TextRequest):
 
     def given_messages(self) -> list[Any]:
         """The messages without their null fields: clients append answers as they were parsed, gaps and all."""
-        return [
-            {key: value for key, value in message.items() if value is not None}
-            if isinstance(message, dict)
-            else message
-            for message in self.messages
-        ]
+        return listed_messages(self.messages)
 
 
 class CompletionRequest(TextRequest):
     """POST /v1/completions."""
 
     prompt: Any
+    echo: Flag | None = None
+    """Put the prompt before the text."""
     add_special_tokens: Flag | None = None
     """Of a text prompt: whether the tokenizer puts its own in front; yes unless told otherwise."""
     logprobs: Annotated[Whole | None, BeforeValidator(_numbered)] = None
@@ -177,8 +224,14 @@ class CompletionRequest(TextRequest):
             raise UserError("top_logprobs: is a field of chat completions; here `logprobs` says how many.")
         return self.logprobs
 
-    def prompts(self) -> list[str | tuple[int, ...]]:
-        """The prompts, each a text or token ids. Raises UserError."""
+    def prompts(self, n: int) -> list[str | tuple[int, ...]]:
+        """The prompts, each a text or token ids, with `n` answers each. Raises UserError."""
+        found = self._prompts()
+        if len(found) * n > MAX_PROMPTS:
+            raise UserError(f"n: {n} answers to {len(found)} prompts are more than {MAX_PROMPTS} in one request.")
+        return found
+
+    def _prompts(self) -> list[str | tuple[int, ...]]:
         given = self.prompt
         if isinstance(given, str):
             return [given]
@@ -200,16 +253,30 @@ def _are_token_ids(items: list[Any]) -> bool:
     return bool(items) and all(type(item) is int for item in items)
 
 
+M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", bound=TextRequest)
 
 
-def parse_request(cls: type[R], body: Mapping[str, Any]) -> R:
+def listed_messages(messages: list[Any]) -> list[Any]:
+    """Messages without their null fields."""
+    return [
+        {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message
+        for message in messages
+    ]
+
+
+def parse_body(cls: type[M], body: Mapping[str, Any]) -> M:
     """Read `body` as a `cls`. Raises UserError: one sentence that begins with the field at fault."""
     try:
-        request = cls.model_validate(body)
+        return cls.model_validate(body)
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
-    check_unsupported(body)
+
+
+def parse_request(cls: type[R], body: Mapping[str, Any]) -> R:
+    """The same of a request for text, in which nothing may be asked for that is not supported."""
+    request = parse_body(cls, body)
+    check_unsupported(body, cls.model_fields)
     if request.stream_options is not None and not request.stream:
         raise UserError("stream_options: is only allowed together with `stream: true`.")
     return request

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from lragent.errors import UserError
-from lragent.serve.api.context import Service
+from lragent.serve.api.service import Service
 from lragent.serve.api.settings import ServeSettings
 
 _GRACE_S = 2
@@ -78,8 +78,8 @@ class Server(uvicorn.Server):
             http="h11",  # bounds the size of headers
             ws="none",
             lifespan="off",
-            log_level=settings.log_level,
-            access_log=settings.log_level in ("info", "debug"),
+            log_config=None,  # `logs.configure_logging` has seen to it
+            access_log=False,
             server_header=False,
             timeout_graceful_shutdown=settings.drain_s + _GRACE_S,
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from lragent.errors import UserError
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.engine.limits import check_limits
+from lragent.serve.ledger.budgets import Budget
+from lragent.serve.ledger.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,34 @@ class ServeSettings:
     """A larger request body is refused while it is read."""
     drain_s: int = 5
     """Seconds that open requests may still run after SIGTERM or SIGINT."""
-    log_level: str = "warning"
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
+    """Of what goes to stderr; json is one object a line."""
+    api_key: tuple[str, ...] = ()
+    """Secrets, or `name=secret`; everything but /health then asks for one. Better given by $LRAGENT_API_KEY, with
+    commas between them: a command line can be read by others."""
+    admin_key: str | None = None
+    """Its holder alone may load roles, and see the metrics and everybody's usage; also $LRAGENT_ADMIN_KEY. None: every
+    key's holder may."""
+    tenants: Literal["key", "salt"] = "key"
+    """Who shares a cache: requests with the same API key and `cache_salt`, or with the same `cache_salt` alone."""
+    max_num_waiting: int = 1024
+    """Open requests, beyond which more are told to come again (429)."""
+    max_n: int = 16
+    """Answers to one prompt in one request."""
+    request_timeout_s: float | None = None
+    """A request that takes longer is ended with an error; None: it may take as long as it takes."""
+    lora_modules: tuple[str, ...] = ()
+    """`name=path` of PEFT folders or packs with that role, in place of one pack in `roles`."""
+    roles_folder: Path | None = None
+    """Roles may be loaded and unloaded while the server runs, from this folder only; None: not at all."""
+    max_roles: int | None = None
+    """Places for roles; None: eight more than there are at the start where `roles_folder` is given, else none."""
+    ledger: Path | None = None
+    """SQLite file to which what every request cost is written."""
+    prices: Prices = field(default_factory=Prices)
+    budgets: tuple[Budget, ...] = ()
+    """Limits on what keys, roles and trajectories may cost. They need a ledger."""
     enforce_eager: bool = False
     """On a GPU: capture no CUDA graphs. Starts faster, runs slower: for debugging."""
     check_integrity: bool = False
@@ -60,6 +91,17 @@ class ServeSettings:
             max_num_batched_tokens=self.max_num_batched_tokens,
             gpu_memory_utilization=self.gpu_memory_utilization,
         )
+        if self.roles is not None and self.lora_modules:
+            raise UserError("lora_modules: cannot be used together with roles; put all into one pack (`lragent pack`).")
+        if self.budgets and self.ledger is None:
+            raise UserError("budgets: need a ledger to be counted in; give one with --ledger.")
+        at_least = (("max_num_waiting", 1), ("max_n", 1), ("max_roles", 1))
+        for name, least in at_least:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: must be at least {least}, not {value}.")
+        if self.request_timeout_s is not None and not self.request_timeout_s > 0:
+            raise UserError(f"request_timeout_s: must be above 0, not {self.request_timeout_s}.")
         if self.max_body_bytes < 1:
             raise UserError(f"max_body_bytes: must be at least 1, not {self.max_body_bytes}.")
         if not 0 <= self.port <= 65535:

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lragent.serve.api.errors import ApiError, as_api_error
+from lragent.serve.api.errors import as_api_error
 from lragent.serve.api.generation import ClientGoneError, until_gone
 
 DONE = b"data: [DONE]\n\n"
@@ -31,9 +31,9 @@ class EventStream(StreamingResponse):
     A later failure becomes an error event, without `[DONE]`. A client that goes closes `events`.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=own | dict(headers))
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +55,7 @@ class EventStream(StreamingResponse):
             except Exception as error:
                 if not started:
                     raise
-                if not isinstance(error, ApiError):
+                if as_api_error(error).code == "internal_error":
                     _LOG.error("a stream broke off", exc_info=error)
                 await send({"type": "http.response.body", "body": event(as_api_error(error).body), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

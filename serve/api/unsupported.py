@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lragent.errors import UserError
 from lragent.serve.api.errors import shown
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -19,25 +18,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     # vLLM's and SGLang's own
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
     "regex": (),
     "json_schema": (),
     "ebnf": (),
@@ -48,13 +41,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Field -> the values that change nothing. null never changes anything."""
 
 
-def check_unsupported(body: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first field of `body` that asks for what is not supported."""
+def check_unsupported(body: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise UserError naming the first field of `body` that asks for what is not supported. known: the fields that its
+    endpoint acts on."""
     if body.get("chat_template") is not None:
         raise UserError("chat_template: templates are not taken from requests; leave it out, the model's own is used.")
     for name, neutral in NEUTRAL.items():
         value = body.get(name)
-        if value is None or any(_same(value, each) for each in neutral):
+        if name in known or value is None or any(_same(value, each) for each in neutral):
             continue
         instead = f" or send {' or '.join(map(repr, neutral))}" if neutral else ""
         raise UserError(f"{name}: {shown(value)} is not supported yet; leave it out{instead}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -26,10 +26,11 @@ from lragent.serve.cache.pools import CachePools, CacheShape
 from lragent.serve.cache.role_cache import Reader, RoleCache
 from lragent.serve.engine.cached_pass import CachedAttention
 from lragent.serve.engine.chat import ChatPrompts
-from lragent.serve.engine.engine import Engine, EngineLimits, end_tokens_of
+from lragent.serve.engine.engine import MOST_WAITING, Engine, EngineLimits, end_tokens_of
 from lragent.serve.engine.fusing import fuse_layers
 from lragent.serve.engine.kernel_pass import KernelAttention
 from lragent.serve.engine.limits import check_limits
+from lragent.serve.engine.lora_modules import read_lora_modules
 from lragent.serve.engine.memory import GPU_SHARE, cache_slots, step_limits
 from lragent.serve.engine.role_weights import RoleWeights
 from lragent.serve.engine.roles import EngineRole, RoleTable
@@ -63,14 +64,19 @@ def build_service(
     seed: int = 0,
     enforce_eager: bool = False,
     check_integrity: bool = False,
+    lora_modules: Sequence[str] = (),
     max_roles: int | None = None,
+    spare_roles: int = 0,
+    max_waiting: int = MOST_WAITING,
 ) -> EngineService:
     """Load everything that `lragent serve` names. The service is not started yet.
 
     model: as `resolve_model` takes it. roles: path of a pack, or None to serve the base model alone. prefix_writer:
     None takes what the pack was trained for. dtype: a key of `DTYPES`. device: "auto", or as torch names it.
     max_model_len, max_tokens_in_cache, max_num_seqs, max_num_batched_tokens: None derives them from the model, the
-    free memory and the device. enforce_eager: capture no CUDA graphs. Raises UserError naming the option at fault.
+    free memory and the device. enforce_eager: capture no CUDA graphs. lora_modules: `name=path` of PEFT folders or
+    packs in place of `roles`. max_roles: places for roles; None: `spare_roles` more than there are. max_waiting: open
+    requests, beyond which more are refused. Raises UserError naming the option at fault.
     """
     check_limits(
         max_model_len=max_model_len,
@@ -83,7 +89,14 @@ def build_service(
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     source = resolve_model(model)
     print_of_base = fingerprint(source.path)
-    adapters = read_pack(roles, expect_fingerprint=print_of_base) if roles is not None else None
+    adapters: AdapterSet | None
+    if lora_modules:
+        adapters, roots = read_lora_modules(lora_modules, print_of_base)
+    else:
+        adapters = read_pack(roles, expect_fingerprint=print_of_base) if roles is not None else None
+        roots = {} if adapters is None else dict.fromkeys(adapters.role_names, str(roles))
+    if adapters is not None and max_roles is None and spare_roles:
+        max_roles = len(adapters.roles) + spare_roles
     register_attention()
     loaded = load_model(source, DTYPES[dtype], _device(device), attn_implementation=ATTENTION)
     engine = build_engine(
@@ -102,10 +115,10 @@ def build_service(
         check_integrity=check_integrity,
         max_roles=max_roles,
         fingerprint=print_of_base,
+        max_waiting=max_waiting,
     )
-    names = [] if adapters is None else list(adapters.role_names)
     cards = [RoleCard(source.name, None, str(source.path), None)]
-    cards += [RoleCard(name, source.name, str(roles), engine.roles.named[name].reader.digest) for name in names]
+    cards += [RoleCard(name, source.name, root, engine.roles.named[name].reader.digest) for name, root in roots.items()]
     writer = resolve_prefix_writer(prefix_writer, adapters)
     chat = ChatPrompts(Renderer(engine.tokenizer), engine.turns, sharing, writer)
     return EngineService(engine, chat, cards, source.name)
@@ -130,6 +143,7 @@ def build_engine(
     check_integrity: bool = False,
     max_roles: int | None = None,
     fingerprint: str | None = None,
+    max_waiting: int = MOST_WAITING,
 ) -> Engine:
     """An engine over a loaded model (with `attn_implementation=ATTENTION`), whose projections are replaced in place.
 
@@ -216,7 +230,7 @@ def build_engine(
         writer_of=writer_of,
         end_tokens=end_tokens_of(model, tokenizer),
         vocab_size=vocab_size,
-        limits=EngineLimits(context),
+        limits=EngineLimits(context, max_waiting),
         seed=seed,
     )
 

@@ -42,12 +42,15 @@ from lragent.serve.engine.types import (
 logger = logging.getLogger(__name__)
 
 
+MOST_WAITING = 1024
+
+
 @dataclass(frozen=True)
 class EngineLimits:
     """max_context: tokens of prompt and answer together. max_waiting: requests queued before new ones are refused."""
 
     max_context: int
-    max_waiting: int = 1024
+    max_waiting: int
 
 
 @dataclass
@@ -101,6 +104,7 @@ class EngineStats(TokenSums):
     """In `base_shared` base and LR cache share one memory, which is the total of both."""
     roles: Mapping[str, TokenSums] = field(default_factory=dict)
     """The sums of the requests of each role, by the name that they asked for."""
+    role_places: int = 0
     running_roles: Mapping[str, int] = field(default_factory=dict)
     """Open requests by role."""
 
@@ -440,6 +444,7 @@ class Engine:
             lr_bytes_used=memory.lr_used,
             lr_bytes_total=memory.lr_total,
             roles={name: replace(sums) for name, sums in list(self._role_sums.items())},
+            role_places=self.roles.room,
             running_roles=self.roles.running(),
         )
 

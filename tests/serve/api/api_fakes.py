@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from tiny import tiny_tokenizer
+
+from lragent.chat_tools import HermesForm, ToolForm
 from lragent.errors import UserError
+from lragent.modes import SharingMode
 from lragent.serve.api.app import create_app
-from lragent.serve.api.context import Service
 from lragent.serve.api.server import Server, address_of, bind
+from lragent.serve.api.service import Service
 from lragent.serve.api.settings import ServeSettings
+from lragent.serve.engine.engine import EngineStats
+from lragent.serve.engine.grammar import Grammars
 from lragent.serve.engine.types import (
     Chunk,
     EngineDeadError,
@@ -26,6 +32,7 @@ from lragent.serve.engine.types import (
     UnknownRoleError,
     Usage,
 )
+from lragent.serve.ledger.ledger import Ledger
 
 BOS = 1
 FIRST_BYTE = 3
@@ -35,6 +42,10 @@ class FakeTokenizer:
     """A token per byte; special tokens are one BOS in front."""
 
     all_special_ids = (BOS,)
+
+    def __len__(self) -> int:
+        return FIRST_BYTE + 256
+
     added_tokens_decoder: ClassVar = {BOS: "<s>"}
 
     def get_vocab(self) -> dict[str, int]:
@@ -51,8 +62,16 @@ class FakeTokenizer:
 class FakePrompts:
     """Renders a chat as `role(name)|content` turns, and checks as much as its tests need."""
 
-    def prepare(self, messages: Sequence[Mapping[str, Any]], role: str, salt: str) -> Prompt:
-        text = ""
+    def tool_form(self) -> ToolForm:
+        return HermesForm()
+
+    def remember_as(self, prompt: Prompt, text: str, other: str) -> None:
+        self.remembered = (text, other)
+
+    def prepare(
+        self, messages: Sequence[Mapping[str, Any]], role: str, salt: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Prompt:
+        text = "".join(f"tool|{tool['function']['name']}\n" for tool in tools)
         for at, message in enumerate(messages):
             if message.get("role") not in ("system", "user", "assistant", "tool"):
                 raise UserError(f"messages[{at}].role: is {message.get('role')!r}; use one of user, assistant.")
@@ -71,6 +90,7 @@ class FakeService:
     """
 
     model_name = "org/tiny"
+    sharing = SharingMode.BASE_LR_SHARED
     max_model_len = 4000
 
     def __init__(self) -> None:
@@ -83,6 +103,8 @@ class FakeService:
         self.requests: list[GenerationRequest] = []
         self.running: set[str] = set()
         self.cancelled: set[str] = set()
+        self.ended_early: set[str] = set()
+        self.grammars = Grammars(tiny_tokenizer(), 300, frozenset({2}))
         self.stopped = threading.Event()
 
     @property
@@ -92,17 +114,36 @@ class FakeService:
     def stop(self, drain: bool, timeout_s: float) -> None:
         self.stopped.set()
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    def check(self, request: GenerationRequest) -> None:
+        if request.params.grammar is not None:
+            self.grammars.matcher(request.params.grammar)
+
+    def cancel(self, request_id: str) -> None:
+        self.ended_early.add(request_id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self.running), slots_total=100, slots_used=7)
+
+    def stream(
+        self, request: GenerationRequest, watch: Callable[[Chunk], None] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
         text = self.tokenizer.decode(request.prompt.ids.tolist())
         self._refuse(request, text)
         self.requests.append(request)
         self.running.add(request.request_id)
+        return self._handed_over(request, text, watch)
+
+    async def _handed_over(
+        self, request: GenerationRequest, text: str, watch: Callable[[Chunk], None] | None
+    ) -> AsyncGenerator[Chunk, None]:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Chunk] = asyncio.Queue()
         gone = threading.Event()
 
         def generate() -> None:
             for chunk in self._chunks(request, text, gone):
+                if watch is not None:
+                    watch(chunk)
                 loop.call_soon_threadsafe(queue.put_nowait, chunk)
 
         threading.Thread(target=generate, daemon=True).start()
@@ -141,7 +182,7 @@ class FakeService:
             if generated == 3 and "BREAK" in text:
                 yield Chunk(finish_reason=FinishReason.ERROR, error="The cache is out of slots.")
                 return
-            if self.stopped.is_set():
+            if self.stopped.is_set() or request.request_id in self.ended_early:
                 yield Chunk(finish_reason=FinishReason.CANCELLED, error="The server is stopping.")
                 return
             generated += 1
@@ -175,13 +216,13 @@ class FakeService:
 
 
 @contextmanager
-def live_server(service: Service, settings: ServeSettings | None = None) -> Iterator[str]:
+def live_server(service: Service, settings: ServeSettings | None = None, ledger: Ledger | None = None) -> Iterator[str]:
     """Serve `service` on a free loopback port, in a thread; gives the URL."""
     settings = settings or ServeSettings(port=0)
     sock = bind("127.0.0.1", 0)
     sock.listen()
     ready = threading.Event()
-    server = Server(create_app(service, settings), service, settings, lambda _url: ready.set())
+    server = Server(create_app(service, settings, ledger), service, settings, lambda _url: ready.set())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     url = address_of(sock)
     thread.start()

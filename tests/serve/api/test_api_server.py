@@ -36,7 +36,7 @@ print("ended in order", flush=True)
 
 @contextmanager
 def server_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )

@@ -1,0 +1,204 @@
+"""The page at /: its files, and what it shows, as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import lragent
+from lragent.serve.api.access import must_be_admin
+from lragent.serve.api.context import Context
+from lragent.serve.api.errors import ApiError
+from lragent.serve.api.metrics import Histogram
+from lragent.serve.api.usage import sums_body
+from lragent.serve.cache.view import CacheView
+from lragent.serve.ledger.entry import GROUPS
+from lragent.serve.ledger.ledger import Ledger
+
+_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+MOST_NODES = 400
+_FRESH_S = 0.5
+"""So long one look at the engine serves everybody who watches."""
+_ROWS = 50
+
+
+def page_router(context: Context) -> APIRouter:
+    """The page, over `context`."""
+    router = APIRouter()
+    state = _State(context)
+
+    @router.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return _file("index.html")
+
+    @router.get("/page/state.json", include_in_schema=False)
+    async def get_state(request: Request) -> JSONResponse:
+        must_be_admin(request)
+        return JSONResponse(await state.now())
+
+    @router.get("/page/{name}", include_in_schema=False)
+    async def asset(name: str) -> Response:
+        return _file(name)
+
+    return router
+
+
+def _file(name: str) -> Response:
+    found = {each.name: each for each in files("lragent.serve.api").joinpath("page").iterdir()}
+    kind = _KINDS.get(name.rpartition(".")[2])
+    if kind is None or name not in found:
+        raise ApiError(404, "There is no such file here.", code="unknown_path")
+    return Response(found[name].read_bytes(), media_type=kind, headers=_HEADERS)
+
+
+class _State:
+    """What the page is told."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+        self._last: tuple[float, dict[str, Any]] | None = None
+        self._times: OrderedDict[int, float] = OrderedDict()
+        """The cache's time, and when it was so."""
+
+    async def now(self) -> dict[str, Any]:
+        """Not older than `_FRESH_S`."""
+        async with self._lock:
+            if self._last is None or time.monotonic() - self._last[0] > _FRESH_S:
+                self._last = (time.monotonic(), await self._look())
+            return self._last[1]
+
+    async def _look(self) -> dict[str, Any]:
+        service, latencies = self._context.service, self._context.latencies
+        stats = service.stats()
+        cache: dict[str, Any] | None = None
+        if service.alive:
+            view, writers, digests = await asyncio.wrap_future(service.ask(lambda engine: engine.view(MOST_NODES)))
+            cache = self._cache(view, writers, digests)
+        roles = []
+        for card in service.roles:
+            name = card.name if card.parent is not None else "base"
+            sums = stats.roles.get(name)
+            roles.append(
+                {
+                    "name": name,
+                    "parent": card.parent,
+                    "digest": card.digest,
+                    "running": stats.running_roles.get(name, 0),
+                    "requests": sums.finished if sums else 0,
+                }
+                | {
+                    field: getattr(sums, field) if sums else 0
+                    for field in ("prompt_tokens", "tokens_computed", "base_reused", "lr_reused", "generated")
+                }
+            )
+        ledger = self._context.ledger
+        return {
+            "model": service.model_name,
+            "sharing": str(service.sharing),
+            "version": lragent.__version__,
+            "uptime_s": time.time() - self._context.created,
+            "max_model_len": service.max_model_len,
+            "alive": service.alive,
+            "roles": roles,
+            "totals": {
+                "requests": stats.finished,
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "preempted": stats.preempted,
+                "prompt_tokens": stats.prompt_tokens,
+                "tokens_computed": stats.tokens_computed,
+                "base_reused": stats.base_reused,
+                "lr_reused": stats.lr_reused,
+                "lr_prefilled": stats.lr_prefilled,
+                "generated": stats.drawn,
+            },
+            "ttft_ms": _percentiles(latencies.first_token),
+            "inter_token_ms": _percentiles(latencies.between_tokens),
+            "cache": {
+                "slots_total": stats.slots_total,
+                "slots_used": stats.slots_used,
+                "slots_cached": stats.slots_cached,
+                "base_bytes_used": stats.base_bytes_used,
+                "base_bytes_total": stats.base_bytes_total,
+                "lr_bytes_used": stats.lr_bytes_used,
+                "lr_bytes_total": stats.lr_bytes_total,
+                "evicted": stats.base_evicted + stats.lr_evicted,
+            }
+            | (cache or {"truncated": False, "nodes": []}),
+            "ledger": None if ledger is None else await asyncio.to_thread(_ledger, ledger),
+        }
+
+    def _cache(self, view: CacheView, writers: dict[int, str], digests: dict[str, str]) -> dict[str, Any]:
+        now = time.monotonic()
+        self._times[view.now] = now
+        while len(self._times) > 600:
+            self._times.popitem(last=False)
+
+        def idle(last_used: int) -> float:
+            """Since the first look that saw it."""
+            return next((now - at for when, at in self._times.items() if when >= last_used), 0.0)
+
+        def named(tag: int) -> str:
+            return writers.get(tag, "a role that has gone")
+
+        nodes = [
+            {
+                "id": node.id,
+                "parent": node.parent,
+                "part": node.part,
+                "owner": digests.get(node.owner, "a role that has gone") if node.owner else "all roles",
+                "start": node.start,
+                "length": node.length,
+                "writers": [[named(tag), count] for tag, count in node.writers],
+                "readers": sorted({named(tag) for tag in node.readers}),
+                "held": node.held,
+                "idle_s": round(idle(node.last_used), 1),
+            }
+            for node in view.nodes
+        ]
+        return {"truncated": not view.whole, "nodes": nodes}
+
+
+def _percentiles(histogram: Histogram) -> dict[str, float | int | None]:
+    shares = {"p50": histogram.percentile(0.5), "p95": histogram.percentile(0.95)}
+    rounded = {name: None if value is None else round(1e3 * value, 2) for name, value in shares.items()}
+    return {"count": histogram.count} | rounded
+
+
+def _ledger(ledger: Ledger) -> dict[str, Any]:
+    total = sums_body(ledger.store.sums())
+    return {
+        "unit": ledger.prices.unit,
+        "rows": total["requests"],
+        "cost": total["cost"],
+        "groups": {
+            group: [{"name": each.name} | sums_body(each) for each in ledger.store.groups(group, limit=_ROWS)]
+            for group in GROUPS
+        },
+        "budgets": [
+            {
+                "scope": each.budget.scope,
+                "name": each.name,
+                "limit": each.budget.limit,
+                "spent": each.spent,
+                "reserved": each.reserved,
+                "left": each.left,
+            }
+            for each in ledger.budgets.all()[-_ROWS:]
+        ],
+    }
