@@ -15,6 +15,8 @@ BENCHMARKS = {
     "learning": "roles trained in several ways, apart and healed too: next steps right in each sharing mode",
     "trace": "trajectories over roles in the sharing modes, one or many at once, against what the machine allows",
     "steps": "a 17-step trajectory over three roles: times to first token, and decoding, against transformers + PEFT",
+    "soak": "a server under load for a long time: does anything leak, hang or go unanswered?",
+    "overhead": "what HTTP costs over the same engine in process: throughput, time to the first token",
 }
 """Name of the module to what it measures."""
 

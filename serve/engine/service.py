@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -46,6 +47,8 @@ class EngineService:
         self.failure: str | None = None
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Chunk], Chunk]]] = {}
+        """What the engine's thread has to hand over, by who listens where."""
         self._pending = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -143,8 +146,7 @@ class EngineService:
         def hand_over(chunk: Chunk) -> None:
             if watch is not None:
                 watch(chunk)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+            self._outbox.setdefault(loop, []).append((chunks, chunk))
 
         self.submit(request, hand_over)
         return self._handed_over(request, chunks)
@@ -222,6 +224,7 @@ class EngineService:
         try:
             while self._receive():
                 self._engine.step()
+                self._deliver()
         except Exception as fault:
             logger.exception("the engine has failed")
             with self._lock:  # from here on nothing more is put into the inbox by submit
@@ -229,10 +232,19 @@ class EngineService:
             self._engine.fail_all(self.failure)
             while not self._inbox.empty():
                 self._inbox.get()()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand all that a step has said to the event loops, each woken once."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, said in outbox.items():
+            with contextlib.suppress(RuntimeError):  # it has been closed: nobody listens any more
+                loop.call_soon_threadsafe(_put_all, said)
 
     def _receive(self) -> bool:
         """Do what was asked meanwhile; waits if there is nothing to step. False when it is time to end."""
         while True:
+            self._deliver()
             try:
                 action = self._inbox.get(block=not self._engine.busy and not self._stopping.is_set())
             except queue.Empty:
@@ -256,6 +268,11 @@ class EngineService:
                 counted(Chunk(finish_reason=FinishReason.ERROR, error=str(error), fault=fault))
             except Exception:
                 logger.exception("the receiver of %s has failed", request.request_id)
+
+
+def _put_all(said: list[tuple[asyncio.Queue[Chunk], Chunk]]) -> None:
+    for chunks, chunk in said:
+        chunks.put_nowait(chunk)
 
 
 def _wake() -> None:
