@@ -149,7 +149,6 @@ class Team(FastHttpUser):
             elif answer.status_code == 400:
                 answer.success()
                 self.begin()
-            answer._response.close() if hasattr(answer, "_response") else None
 
     @task(6)
     def choices(self) -> None:
@@ -209,7 +208,8 @@ class Team(FastHttpUser):
             return
         if random.random() < 0.6:
             body = {"lora_name": random.choice(ROLES[:3]), "lora_path": random.choice(PACKS), "load_inplace": True}
-            path, statuses = "/v1/load_lora_adapter", (200, 429)
+            path = "/v1/load_lora_adapter"
+            statuses: tuple[int, ...] = (200, 429)
         elif random.random() < 0.5:
             body, path = {"lora_name": "extra", "lora_path": PACKS[0]}, "/v1/load_lora_adapter"
             statuses = (200, 400, 429)

@@ -166,7 +166,7 @@ def run(minutes: float, users: int, folder: Path) -> dict[str, Any]:
         server.kill()
     early = watched.looks[len(watched.looks) // 5]
     growth = after["rss_mib"] / early["rss_mib"] - 1.0
-    log = (folder / "server.log").read_text()
+    said = (folder / "server.log").read_text()
     return {
         "minutes": seconds / 60,
         "users": users,
@@ -186,7 +186,7 @@ def run(minutes: float, users: int, folder: Path) -> dict[str, Any]:
         "threads": {"before": before["threads"], "after": after["threads"]},
         "slots_held_at_the_end": after["slots_used"] - after["slots_cached"],
         "exit_status": status,
-        "server_log": log[-2000:],
+        "server_log": said[-2000:],
         "looks": [{name: round(value, 1) for name, value in look.items()} for look in watched.looks[::12]],
     }
 

@@ -24,6 +24,9 @@ _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _OPEN = re.compile(r"/health|/|/page/[a-z_]+\.(?:js|css)")
 """What needs no key: whether the server lives, and the page's own files, which hold no data."""
+_UNPRINTABLE = re.compile(r"[^ -~]")
+"""What could forge a line of the log."""
+_LONGEST_PATH = 200
 ADMIN = "admin"
 
 
@@ -144,7 +147,7 @@ class Access:
         facts = {
             "request_id": request_id,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": _UNPRINTABLE.sub("?", scope["path"])[:_LONGEST_PATH],
             "status": status,
             "ms": round(1e3 * seconds, 1),
             "key": key,

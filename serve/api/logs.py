@@ -36,6 +36,6 @@ def configure_logging(level: str, form: str) -> None:
     root.handlers[:] = [handler]
     for name in ("lragent", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+    for name in ("uvicorn", "uvicorn.error"):  # its own log of requests is off
         logging.getLogger(name).handlers[:] = []
         logging.getLogger(name).propagate = True

@@ -41,7 +41,7 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
         """JSON that is valid by `schema`, such as `{"type": "object"}`. Raises UserError for no schema at all."""
         try:
-            source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)  # type: ignore[arg-type]  # the keys it knows
+            source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
         except (TypeError, ValueError) as error:
             raise UserError(f"json_schema: is no JSON schema: {_line(error)}.") from None
         return cls(source)

@@ -80,11 +80,11 @@ class Ledger:
 
         Returns what is done once the entry is on disk.
         """
-        cost = 0 if usage is None else self.prices.cost(usage)
-        self.budgets.settle(reservation, cost)
         if usage is None:
+            self.budgets.settle(reservation, 0)
             return None
-        return self.store.append(
+        cost = self.prices.cost(usage)
+        done = self.store.append(
             Entry(
                 run=self.run,
                 ended_at=time.time(),
@@ -107,6 +107,9 @@ class Ledger:
                 cost=cost,
             )
         )
+        # Only now: an account that is read from the file meanwhile must find the entry, or know of the reservation.
+        self.budgets.settle(reservation, cost)
+        return done
 
     def left(self, claim: Claim) -> list[Left]:
         """What the budgets that concern a request have left."""
