@@ -7,77 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
 from api_fakes import live_server, wait_until
-from tiny import make_adapter_set, save_tiny, tiny_model
+from real_engine import QUESTION, ROLES, build_tiny
 
-from lragent.models import fingerprint
-from lragent.modes import SharingMode
-from lragent.pack import write_pack
-from lragent.serve.api.settings import ServeSettings
-from lragent.serve.engine.build import build_service
 from lragent.serve.engine.service import EngineService
-
-ROLES = ("plan", "action", "reflect")
-QUESTION = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Where is the northern harbour?"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from more threads, and loses much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model folder and a pack of three roles."""
-    place = tmp_path_factory.mktemp("served")
-    folder, pack = save_tiny(place / "tiny"), place / "team.lrpack"
-    adapters = make_adapter_set(tiny_model(), ROLES)
-    write_pack(pack, replace(adapters, base_fingerprint=fingerprint(folder)))
-    return folder, pack
-
-
-def build_tiny(files: tuple[Path, Path]) -> EngineService:
-    return build_service(
-        model=str(files[0]),
-        roles=str(files[1]),
-        sharing=SharingMode.BASE_LR_SHARED,
-        prefix_writer=None,
-        dtype="float32",
-        device="cpu",
-        max_model_len=1024,
-        max_tokens_in_cache=8192,
-        max_num_seqs=8,
-        seed=0,
-    )
-
-
-@pytest.fixture(scope="module")
-def service(files: tuple[Path, Path]) -> Iterator[EngineService]:
-    built = build_tiny(files)
-    built.start()
-    yield built
-    built.stop(drain=False)
-    assert not built.alive
-
-
-@pytest.fixture(scope="module")
-def url(service: EngineService) -> Iterator[str]:
-    with live_server(service, ServeSettings(port=0)) as address:
-        yield address
 
 
 def say(client: openai.OpenAI, role: str, messages: list[Any], **options: Any) -> Any:
