@@ -12,7 +12,7 @@ ROLES = ("plan", "action", "reflect")
 QUESTION = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Where is the northern harbour?"}]
 
 
-def build_tiny(files: tuple[Path, Path]) -> EngineService:
+def build_tiny(files: tuple[Path, Path], max_model_len: int = 1024) -> EngineService:
     return build_service(
         model=str(files[0]),
         roles=str(files[1]),
@@ -20,7 +20,7 @@ def build_tiny(files: tuple[Path, Path]) -> EngineService:
         prefix_writer=None,
         dtype="float32",
         device="cpu",
-        max_model_len=1024,
+        max_model_len=max_model_len,
         max_tokens_in_cache=8192,
         max_num_seqs=8,
         seed=0,
