@@ -10,10 +10,12 @@ all is quiet, nothing may be held, and the ledger must agree with the engine's c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -177,6 +179,7 @@ def run(minutes: float, users: int, folder: Path) -> dict[str, Any]:
         "by_kind": rows,
         "failures": failures,
         "ledger": usage,
+        "ended": endings(folder / "ledger.sqlite"),
         "memory": {"before": before["rss_mib"], "early": early["rss_mib"], "after": after["rss_mib"], "growth": growth},
         "files": {
             "before": before["files"],
@@ -189,6 +192,12 @@ def run(minutes: float, users: int, folder: Path) -> dict[str, Any]:
         "server_log": said[-2000:],
         "looks": [{name: round(value, 1) for name, value in look.items()} for look in watched.looks[::12]],
     }
+
+
+def endings(ledger: Path) -> dict[str, int]:
+    """How requests ended, by the ledger."""
+    with contextlib.closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as connection:
+        return dict(connection.execute("SELECT finish, COUNT(*) FROM entries GROUP BY finish"))
 
 
 def faults(numbers: dict[str, Any]) -> list[str]:
