@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Says nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802  # http.server's name
+    def do_GET(self) -> None:
         if self._refused():
             return
         cards = [{"id": "tiny", "parent": None}, *({"id": role, "parent": "tiny"} for role in ROLES)]
@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, f"GET {self.path}: there is no such path here.", "unknown_path")
 
-    def do_POST(self) -> None:  # noqa: N802  # http.server's name
+    def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self._refused():
             return
