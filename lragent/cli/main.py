@@ -6,7 +6,6 @@ arguments to an exit status. Heavy libraries are imported inside `run`, so that 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -14,14 +13,15 @@ import warnings
 from collections.abc import Sequence
 
 import lragent
+from lragent.cli.parser import Parser
 from lragent.errors import UserError
 
-COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "data", "heal", "world")
+COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "data", "heal", "world", "chat", "completion")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lragent",
         description="One decomposed KV cache for a team of LoRA roles, trained with a tied A and served as one team.",
     )

@@ -150,7 +150,9 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert "usage: lragent" in capsys.readouterr().err
+    error, mend = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: lragent")
+    assert mend.startswith("lragent")
 
 
 def test_ctrl_c_exits_with_130(monkeypatch):
@@ -162,8 +164,8 @@ def test_ctrl_c_exits_with_130(monkeypatch):
 
 
 def test_every_command_file_is_listed():
-    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "main"}
-    assert files == set(cli.COMMANDS)
+    files = {path.stem: path.read_text() for path in Path(cli.__file__).parent.glob("*.py")}
+    assert {name for name, text in files.items() if "\ndef add_parser(" in text} == set(cli.COMMANDS)
 
 
 def test_help_and_version_import_nothing_heavy():
