@@ -36,12 +36,17 @@ function cost({ prompt_tokens: prompt, completion_tokens: generated, lragent, pr
   }
   const facts = [
     [count(prompt), "prompt tokens"],
-    [count(computed), prefilled ? `computed (${count(prefilled)} LR prefill)` : "computed"],
-    [count(base), "base reused"],
+    [count(base), "base reused", "reused"],
     [count(lr), "LR reused"],
+    [count(prefilled), "LR prefill", "prefilled"],
+    [count(computed), "computed", "computed"],
     [count(generated), "generated"],
   ];
   const list = el("dl", { class: "facts" });
-  for (const [number, name] of facts) list.append(el("div", {}, el("dt", {}, name), el("dd", {}, number)));
+  for (const [number, name, key] of facts) {
+    if (key === "prefilled" && !prefilled) continue;
+    const dot = key ? [el("span", { class: `dot bar-part ${key}`, "aria-hidden": "true" })] : [];
+    list.append(el("div", {}, el("dt", {}, ...dot, name), el("dd", {}, number)));
+  }
   return [bar, list];
 }

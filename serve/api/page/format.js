@@ -1,6 +1,7 @@
 // Numbers as people read them, in one locale: the page's words are English.
 
 const WHOLE = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const COST = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 6 });
 
 export const NONE = "–";
 
@@ -56,8 +57,7 @@ export function duration(seconds) {
     .join(" ");
 }
 
-/** Costs of single requests are small: four significant digits below one unit. */
+/** Single requests cost little, so digits go on as far as they say something. */
 export function cost(value, unit) {
-  const digits = value !== 0 && Math.abs(value) < 1 ? Number(value.toPrecision(4)).toString() : value.toFixed(2);
-  return `${digits} ${unit}`;
+  return `${COST.format(value)} ${unit}`;
 }

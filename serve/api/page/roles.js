@@ -11,10 +11,9 @@ export function showRoles(roles) {
 }
 
 function makeRow(role) {
-  const origin = role.parent ? `adapter of ${role.parent}` : "no adapter";
-  const digest = role.digest ? `, ${role.digest.slice(0, 8)}` : "";
+  const origin = role.digest ? `adapter ${role.digest.slice(0, 8)}` : "no adapter";
   const name = el("th", { scope: "row" }, el("span", { class: "role-name" }, swatch(role.name), el("span", {}, role.name)));
-  name.append(el("span", { class: "fine" }, origin + digest));
+  name.append(el("span", { class: "fine" }, origin));
   return el("tr", {}, name, ...NUMBERS.map((field) => (field === "reused" ? reusedCell() : el("td"))));
 }
 
