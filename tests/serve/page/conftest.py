@@ -12,8 +12,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 EXECUTABLE = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Not for the whole session: while playwright runs, no later test could run an event loop of its own."""
     if EXECUTABLE is None:
         pytest.skip("no browser: neither chromium nor google-chrome is on the path")
     with sync_playwright() as playwright:
@@ -46,7 +47,7 @@ class Watch:
 
 @pytest.fixture
 def open_page(browser: Browser, url: str) -> Iterator[Callable[..., Page]]:
-    """open_page(errors=False, **context) opens the page; afterwards it must have behaved, unless errors are expected."""
+    """open_page(errors=False, **context) opens the page. At the end it must have behaved, unless `errors`."""
     opened: list[tuple[Page, Watch, bool]] = []
 
     def open_(*, errors: bool = False, **context: object) -> Page:

@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         self.scene = scene
         super().__init__(*given)
 
-    def do_GET(self) -> None:  # noqa: N802 — the name that http.server calls
+    def do_GET(self) -> None:
         if self.path == "/page/state.json":
             self.scene.keys.append(self.headers.get("Authorization"))
             if self._refused():
@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._json(404, {"error": {"message": f"There is no {self.path} here."}})
 
-    def do_POST(self) -> None:  # noqa: N802 — the name that http.server calls
+    def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self._refused():
             return
