@@ -110,6 +110,8 @@ class _State:
         return {
             "model": service.model_name,
             "sharing": str(service.sharing),
+            "prefix_writer": str(service.prefix_writer),
+            "device": service.device,
             "version": lragent.__version__,
             "uptime_s": time.time() - self._context.created,
             "max_model_len": service.max_model_len,

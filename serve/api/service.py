@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from lragent.adapter_set import AdapterSet
 from lragent.chat_tools import ToolForm
-from lragent.modes import SharingMode
+from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.engine.engine import Engine, EngineStats
 from lragent.serve.engine.role_weights import PreparedRole
 from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, RoleCard
@@ -55,6 +55,14 @@ class Service(Protocol):
 
     @property
     def sharing(self) -> SharingMode: ...
+
+    @property
+    def prefix_writer(self) -> PrefixWriter: ...
+
+    @property
+    def device(self) -> str:
+        """Where the model is, as torch calls it."""
+        ...
 
     @property
     def max_model_len(self) -> int:

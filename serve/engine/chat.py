@@ -27,7 +27,7 @@ class ChatPrompts:
         self._renderer = renderer
         self._memory = memory
         self._sharing = sharing
-        self._prefix_writer = prefix_writer
+        self.prefix_writer = prefix_writer
         self._showing: OrderedDict[str, Renderer] = OrderedDict()
 
     def tool_form(self) -> ToolForm:
@@ -68,7 +68,7 @@ class ChatPrompts:
         )
         roles = None
         if self._sharing.one_writer_per_token:
-            roles = tuple(position_roles(rendered, asker=role, prefix_writer=self._prefix_writer))
+            roles = tuple(position_roles(rendered, asker=role, prefix_writer=self.prefix_writer))
         start, end = rendered.openings[-1]
         return Prompt(
             rendered.token_ids,

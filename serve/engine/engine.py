@@ -159,6 +159,11 @@ class Engine:
         return self.cache.mode
 
     @property
+    def device(self) -> str:
+        """Where the model is, as torch calls it."""
+        return str(self._runner.device)
+
+    @property
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self._open) or self._launched is not None

@@ -67,8 +67,8 @@ class Runner:
         self._mode = mode
         self._split = split
         self._role_of = role_of
-        self._device = next(model.parameters()).device
-        self._latest = torch.zeros(rows + 1, dtype=torch.long, device=self._device)
+        self.device = next(model.parameters()).device
+        self._latest = torch.zeros(rows + 1, dtype=torch.long, device=self.device)
         """The token drawn last for each row; behind them, where nobody's is put."""
 
     def launch(
@@ -79,9 +79,9 @@ class Runner:
         before: the step that the device still works on. constrain: asked once the device has all but the drawing of
         this step to do; sequences may end meanwhile, and are drawn for all the same.
         """
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return self._launch(pieces, constrain)
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
             launched = self._launch(pieces, constrain)
@@ -95,7 +95,7 @@ class Runner:
         self.attention.prepare(step)
         logits, tensors = self.graphs.run(step) if self.graphs is not None else (None, None)
         if logits is None or tensors is None:
-            tensors = StepTensors.empty(len(step.tokens), len(step.pieces), self._device)
+            tensors = StepTensors.empty(len(step.tokens), len(step.pieces), self.device)
             tensors.fill(step, nobody=len(self._latest) - 1)
             logits = self.forward(step, tensors)
         sequences = tuple(piece.sequence for piece in step.yielding)

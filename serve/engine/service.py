@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lragent.adapter_set import AdapterSet
 from lragent.chat import BASE
 from lragent.errors import UserError
-from lragent.modes import SharingMode
+from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineStats
 from lragent.serve.engine.role_weights import PreparedRole
@@ -68,6 +68,16 @@ class EngineService:
     def sharing(self) -> SharingMode:
         """The sharing mode, chosen at start."""
         return self._engine.sharing
+
+    @property
+    def device(self) -> str:
+        """Where the model is, as torch calls it."""
+        return self._engine.device
+
+    @property
+    def prefix_writer(self) -> PrefixWriter:
+        """Who writes what comes before the first turn."""
+        return self.chat.prefix_writer
 
     @property
     def alive(self) -> bool:

@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 
 from lragent.chat_tools import HermesForm, ToolForm
 from lragent.errors import UserError
-from lragent.modes import SharingMode
+from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.api.app import create_app
 from lragent.serve.api.server import Server, address_of, bind
 from lragent.serve.api.service import Service
@@ -91,6 +91,8 @@ class FakeService:
 
     model_name = "org/tiny"
     sharing = SharingMode.BASE_LR_SHARED
+    prefix_writer = PrefixWriter.BASE
+    device = "cpu"
     max_model_len = 4000
 
     def __init__(self) -> None:
