@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import tiny_engine
+from engines import WAYS, each_way, tiny_engine
 from tiny import make_adapter_set, tiny_model
 
 from lragent.adapter_set import AdapterSet
@@ -80,11 +80,13 @@ def only(adapters: AdapterSet, *names: str) -> AdapterSet:
 
 @pytest.mark.parametrize("sharing", ["base_lr_shared", "base_shared", "full_shared", "non_shared"])
 @pytest.mark.parametrize("ahead", [False, True])
+@each_way
 def test_a_loaded_role_answers_as_one_that_was_there_from_the_start(
-    adapters: AdapterSet, sharing: str, ahead: bool
+    adapters: AdapterSet, sharing: str, ahead: bool, way: str
 ) -> None:
-    whole = Running(tiny_engine(sharing, adapters, ahead=ahead))
-    later = Running(tiny_engine(sharing, only(adapters, "plan", "action"), ahead=ahead, max_roles=4))
+    options = {"ahead": ahead, **WAYS[way]}
+    whole = Running(tiny_engine(sharing, adapters, **options))
+    later = Running(tiny_engine(sharing, only(adapters, "plan", "action"), max_roles=4, **options))
     for runs in (whole, later):
         runs.ask("plan")
     load(later.engine, adapters, "extra")
@@ -92,11 +94,13 @@ def test_a_loaded_role_answers_as_one_that_was_there_from_the_start(
     assert later.ask("plan") == whole.ask("plan")
 
 
-def test_a_role_is_replaced_in_place_while_it_speaks(adapters: AdapterSet) -> None:
+@each_way
+def test_a_role_is_replaced_in_place_while_it_speaks(adapters: AdapterSet, way: str) -> None:
     """A running answer goes on with the weights it began with; the next one has the new ones, and hits nothing old."""
-    runs = Running(tiny_engine("base_lr_shared", only(adapters, "plan", "action"), max_roles=3, check_integrity=True))
+    two = only(adapters, "plan", "action")
+    runs = Running(tiny_engine("base_lr_shared", two, max_roles=3, check_integrity=True, **WAYS[way]))
     before = runs.ask("plan", tokens=40)
-    fresh = Running(tiny_engine("base_lr_shared", only(adapters, "plan", "action"), max_roles=3))
+    fresh = Running(tiny_engine("base_lr_shared", two, max_roles=3, **WAYS[way]))
     new = other_b(adapters, 9)
     name = fresh.add("plan", tokens=40)
     fresh.steps(6)
@@ -104,7 +108,7 @@ def test_a_role_is_replaced_in_place_while_it_speaks(adapters: AdapterSet) -> No
     second = fresh.add("plan", tokens=40)
     fresh.steps()
     assert fresh.ids(name) == before
-    alone = Running(tiny_engine("base_lr_shared", only(new, "plan", "action")))
+    alone = Running(tiny_engine("base_lr_shared", only(new, "plan", "action"), **WAYS[way]))
     assert fresh.ids(second) == alone.ask("plan", tokens=40)
     assert fresh.last(second).usage.base_reused == 0
     assert fresh.engine.roles.role_of.keys() == {role.reader.writer for role in fresh.engine.roles.named.values()}
