@@ -79,6 +79,6 @@ function fillRow(row, node) {
     count(node.held),
     `${node.idle_s.toFixed(1)} s`,
   ];
-  while (row.cells.length < cells.length) row.append(el(row.cells.length ? "td" : "th", row.cells.length ? {} : { scope: "row" }));
+  if (!row.cells.length) row.append(el("th", { scope: "row" }), ...cells.slice(1).map(() => el("td")));
   cells.forEach((text, index) => setText(row.cells[index], text));
 }

@@ -29,7 +29,8 @@ export function makeCard(role, number) {
 function cost({ prompt_tokens: prompt, completion_tokens: generated, lragent, prompt_tokens_details: details }) {
   const { tokens_computed: computed, base_reused: base, lr_reused: lr, lr_prefilled: prefilled } = lragent;
   const bar = el("div", { class: "bar tall", "aria-hidden": "true" });
-  for (const [name, tokens] of [["reused", details.cached_tokens], ["prefilled", prefilled], ["computed", computed - prefilled]]) {
+  const parts = [["reused", details.cached_tokens], ["prefilled", prefilled], ["computed", computed - prefilled]];
+  for (const [name, tokens] of parts) {
     const part = el("span", { class: `bar-part ${name}` });
     setShare(part, tokens / prompt);
     bar.append(part);

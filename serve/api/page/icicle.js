@@ -8,10 +8,11 @@ const TITLE_HEIGHT = 24;
 const GROUP_GAP = 10;
 const ROW = { base: [22, 44], lr: [14, 22] }; // px: the least, and the most where few rows would leave the space empty
 const STRIP = 4;
+const BADGE_WIDTH = 20;
 const LETTER_WIDTH = 7.2;
 const LEAST_WIDTH = 3; // a run of one token in a long context stays something to point at
 
-/** drawing: the <svg>. tell(node or null): which one is looked at. */
+/** drawing, axis: the two <svg>. tell(node or null) is told which node is looked at. */
 export function makeIcicle(drawing, axis, { tell }) {
   const shown = new Map(); // id → {element, node, signature}
   let current = null; // the node that Tab reaches; it is the one looked at last
@@ -55,7 +56,8 @@ export function makeIcicle(drawing, axis, { tell }) {
     const known = shown.get(node.id) ?? add(node);
     known.node = node;
     const { start, length, writers, held, readers, part, level, box } = node;
-    const signature = JSON.stringify([start, length, writers, held, readers, part, level, box, scale.width, scale.x(1)]);
+    const place = [part, level, box, scale.x(1), scale.hasStrips];
+    const signature = JSON.stringify([start, length, writers, held, readers, place]);
     if (signature === known.signature) return;
     known.signature = signature;
     const { title, written, held: holders, read } = describe(node);
@@ -78,7 +80,8 @@ export function makeIcicle(drawing, axis, { tell }) {
     for (const [id, { element, node }] of shown) {
       if (kept.has(id)) continue;
       if (element === document.activeElement) {
-        const heir = placed.find((each) => each.part === node.part && each.start <= node.start && node.start < each.start + each.length);
+        const covers = ({ start, length }) => start <= node.start && node.start < start + length;
+        const heir = placed.find((each) => each.part === node.part && covers(each));
         const heirElement = heir && (shown.get(heir.id) ?? add(heir)).element;
         if (heirElement) setAttribute(heirElement, "tabindex", 0);
         (heirElement ?? drawing.parentElement).focus();
@@ -169,7 +172,7 @@ function paint(node, { x, hasStrips }) {
   const body = height - (strip ? strip + 1 : 0);
   const shapes = [svg("rect", { class: "ground", x: left, y, width: whole, height })];
   const badges = badgesOf(node, left + whole, y, whole, body);
-  const room = whole - badges.reduce((sum, badge) => sum + Number(badge.dataset.width), 0);
+  const room = whole - badges.length * BADGE_WIDTH;
   let at = node.start;
   for (const [role, length] of node.writers) {
     const { fill, hue } = look(role);
@@ -182,7 +185,8 @@ function paint(node, { x, hasStrips }) {
     at += length;
   }
   const outline = node.held ? "outline held" : "outline";
-  shapes.push(svg("rect", { class: outline, x: left + 1, y: y + 1, width: Math.max(1, whole - 2), height: Math.max(1, height - 2), rx: 2 }));
+  const inner = { width: Math.max(1, whole - 2), height: Math.max(1, height - 2) };
+  shapes.push(svg("rect", { class: outline, x: left + 1, y: y + 1, ...inner, rx: 2 }));
   return [...shapes, ...badges];
 }
 
@@ -206,7 +210,7 @@ function badgesOf(node, right, y, width, height) {
   for (const [kind, number] of [["held", node.held], ["shared", node.readers.length > 1 ? node.readers.length : 0]]) {
     if (!number || right - at > width - 4 || height < 12) continue;
     badges.push(badge(kind, number, at, middle));
-    at -= 20;
+    at -= BADGE_WIDTH;
   }
   return badges;
 }
@@ -218,9 +222,7 @@ export function badge(kind, number, x, y) {
       : svg("path", { d: `M${x - 10} ${y}L${x} ${y - 10}L${x + 10} ${y}L${x} ${y + 10}Z` });
   const text = svg("text", { x, y: y + 4, "text-anchor": "middle" });
   text.textContent = number;
-  const group = svg("g", { class: `badge ${kind}` }, shape, text);
-  group.dataset.width = 20;
-  return group;
+  return svg("g", { class: `badge ${kind}` }, shape, text);
 }
 
 /** The scale grows in steps, so that the picture does not shift with every token. */
@@ -231,7 +233,8 @@ function niceEnd(end) {
 
 function drawAxis(axis, end, { x, width }) {
   const many = width > 600 ? 8 : 4;
-  const step = [1, 2, 5, 10].map((factor) => factor * 10 ** Math.floor(Math.log10(Math.max(10, end) / many))).find((each) => end / each <= many);
+  const power = 10 ** Math.floor(Math.log10(Math.max(10, end) / many));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => end / each <= many);
   const signature = `${end} ${width}`;
   if (axis.dataset.signature === signature) return;
   axis.dataset.signature = signature;
@@ -239,7 +242,8 @@ function drawAxis(axis, end, { x, width }) {
   const ticks = [];
   for (let position = 0; position <= end; position += Math.max(1, step)) {
     const last = x(position) > width - 20;
-    const text = svg("text", { x: x(position), y: 12, "text-anchor": position === 0 ? "start" : last ? "end" : "middle" });
+    const anchor = position === 0 ? "start" : last ? "end" : "middle";
+    const text = svg("text", { x: x(position), y: 12, "text-anchor": anchor });
     text.textContent = position.toLocaleString("en");
     ticks.push(svg("path", { class: "tick", d: `M${Math.min(width - 0.5, x(position) + 0.5)} 17v5` }), text);
   }

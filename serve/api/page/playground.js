@@ -1,6 +1,6 @@
 // The playground: a question, the steps, and the trajectory as it is played.
 
-import { byId, setActive, setHidden, setText, isActive } from "./dom.js";
+import { byId, isActive, setActive, setHidden, setText } from "./dom.js";
 import { makeCard } from "./card.js";
 import { count, counted } from "./format.js";
 import { makeSteps } from "./steps.js";

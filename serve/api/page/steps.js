@@ -1,12 +1,11 @@
 // The list of steps of a trajectory: which role speaks when, and which tool result comes after it.
 
-import { byId, el, reconcile, setActive, isActive, setHidden } from "./dom.js";
+import { byId, el, isActive, reconcile, setActive, setHidden } from "./dom.js";
 
 export function makeSteps() {
   const list = byId("steps");
   let roles = [];
-  let steps = []; // {id, item, select, tool}; `tool` is the textarea of the tool result
-  let next = 1;
+  const steps = []; // {item, select, tool, …}; `tool` is the textarea of the tool result
   byId("add-step").addEventListener("click", () => {
     const step = add(steps.at(-1)?.select.value ?? roles[0]);
     step?.select.focus();
@@ -14,8 +13,7 @@ export function makeSteps() {
 
   function add(role) {
     if (role === undefined) return null;
-    const step = makeStep(next, { move, remove });
-    next += 1;
+    const step = makeStep({ move, remove });
     steps.push(step);
     list.append(step.item);
     offer(step, roles);
@@ -74,9 +72,9 @@ export function makeSteps() {
     chosen: () => steps.map(({ select, tool }) => ({ role: select.value, tool: tool.hidden ? "" : tool.value })),
   };
 
-  function makeStep(id, actions) {
+  function makeStep(actions) {
     const button = (text, action) => el("button", { type: "button", class: "small", onclick: action }, text);
-    const step = { id, number: el("span", { class: "step-number", "aria-hidden": "true" }), select: el("select") };
+    const step = { number: el("span", { class: "step-number", "aria-hidden": "true" }), select: el("select") };
     step.up = button("↑", () => isActive(step.up) && actions.move(step, -1));
     step.down = button("↓", () => isActive(step.down) && actions.move(step, 1));
     step.away = button("✕", () => actions.remove(step));
@@ -87,7 +85,8 @@ export function makeSteps() {
       number();
       if (!step.tool.hidden) step.tool.focus();
     });
-    const line = el("div", { class: "step-line" }, step.number, step.select, step.up, step.down, step.away, step.toggle);
+    const line = el("div", { class: "step-line" }, step.number, step.select);
+    line.append(step.up, step.down, step.away, step.toggle);
     step.item = el("li", {}, line, step.tool);
     return step;
   }
