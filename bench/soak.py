@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
         numbers = run(args.minutes, args.users, Path(place))
     print(file=sys.stderr)
     found = faults(numbers)
-    numbers = {"facts": facts(torch.device("cpu")), "faults": found, **numbers}
+    numbers = {**facts(torch.device("cpu")), "faults": found, **numbers}
     print(json.dumps({name: value for name, value in numbers.items() if name != "looks"}, indent=1))
     if args.save:
         print(f"saved as {save('soak', numbers)}")

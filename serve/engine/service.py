@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -167,7 +168,11 @@ class EngineService:
         ended = False
         try:
             while not ended:
-                chunk = await chunks.get()
+                # Whoever listens more slowly than the engine speaks is told several pieces at once.
+                waiting = [await chunks.get()]
+                while not chunks.empty():
+                    waiting.append(chunks.get_nowait())
+                chunk = waiting[0] if len(waiting) == 1 else _as_one(waiting)
                 ended = chunk.finish_reason is not None
                 yield chunk
         finally:
@@ -296,10 +301,14 @@ def joined(chunks: list[Chunk]) -> Chunk:
         raise last.fault
     if last.finish_reason is FinishReason.ERROR:
         raise EngineDeadError(last.error or "The request failed.")
-    return Chunk(
+    return _as_one(chunks)
+
+
+def _as_one(chunks: list[Chunk]) -> Chunk:
+    """All that they say, as the last one ends."""
+    return replace(
+        chunks[-1],
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
     )
