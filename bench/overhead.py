@@ -93,16 +93,12 @@ def over_http(url: str) -> Ask:
     host, port = url.removeprefix("http://").split(":")
 
     async def ask(prompt: list[int], tokens: int) -> AsyncIterator[int]:
-        body = json.dumps(
-            {
-                "model": "base",
-                "prompt": prompt,
-                "max_tokens": tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-            }
-        ).encode()
+        # With ids every token is told, also one whose text is but a part of a character.
+        asked = {
+            "model": "base", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+            "stream": True, "return_token_ids": True,
+        }  # fmt: skip
+        body = json.dumps(asked).encode()
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
             writer.write(
