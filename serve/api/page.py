@@ -33,6 +33,7 @@ _HEADERS = {
 MOST_NODES = 400
 _FRESH_S = 0.5
 """So long one look at the engine serves everybody who watches."""
+_LEDGER_FRESH_S = 1.0
 _ROWS = 50
 
 
@@ -72,6 +73,8 @@ class _State:
         self._context = context
         self._lock = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] | None = None
+        self._ledger: tuple[float, dict[str, Any]] | None = None
+        """When it is to be looked at again, and what it said."""
         self._times: OrderedDict[int, float] = OrderedDict()
         """The cache's time, and when it was so."""
 
@@ -142,8 +145,17 @@ class _State:
                 "evicted": stats.base_evicted + stats.lr_evicted,
             }
             | (cache or {"truncated": False, "nodes": []}),
-            "ledger": None if ledger is None else await asyncio.to_thread(_ledger, ledger),
+            "ledger": None if ledger is None else await self._sums(ledger),
         }
+
+    async def _sums(self, ledger: Ledger) -> dict[str, Any]:
+        """The ledger is added up anew after a while that grows with it: nobody's page shall keep the disk busy."""
+        if self._ledger is None or time.monotonic() >= self._ledger[0]:
+            began = time.monotonic()
+            sums = await asyncio.to_thread(_ledger, ledger)
+            took = time.monotonic() - began
+            self._ledger = (time.monotonic() + max(_LEDGER_FRESH_S, 20 * took), sums)
+        return self._ledger[1]
 
     def _cache(self, view: CacheView, writers: dict[int, str], digests: dict[str, str]) -> dict[str, Any]:
         now = time.monotonic()

@@ -35,14 +35,15 @@ class TurnMemory:
 
     def __init__(self, capacity: int = 65_536) -> None:
         self._capacity = capacity
-        self._turns: OrderedDict[tuple[ContextKey, str], tuple[int, ...]] = OrderedDict()
+        self._turns: OrderedDict[tuple[ContextKey, str], bytes] = OrderedDict()
+        """Ids as 32-bit numbers: a tuple of Python's takes ten times as much, and there are many turns."""
         self._lock = threading.Lock()
 
     def remember(self, context: ContextKey, text: str, ids: tuple[int, ...]) -> None:
         """`text` was generated as `ids` (without the end-of-turn token) after `context`."""
         key = (context, text)
         with self._lock:
-            self._turns[key] = ids
+            self._turns[key] = np.array(ids, np.int32).tobytes()
             self._turns.move_to_end(key)
             while len(self._turns) > self._capacity:
                 self._turns.popitem(last=False)
@@ -55,4 +56,5 @@ class TurnMemory:
             if ids is None:
                 return None
             self._turns.move_to_end(key)
-            return list(ids)
+            recalled: list[int] = np.frombuffer(ids, np.int32).tolist()
+            return recalled
