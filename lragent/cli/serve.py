@@ -37,7 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--lora-modules",
         nargs="+",
         metavar="NAME=PATH",
-        help="PEFT folders (or packs with that role) in place of one pack; stacked where they do not share one A",
+        help="PEFT folders (or packs with that role) in place of one pack; stacked where they do not share one A. "
+        "Words key=value go before this flag",
     )
     flag(
         "--roles-folder",
@@ -81,9 +82,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--port", type=int, help="port to listen on; 0 picks a free one (default: 8000)")
     flag(
         "--api-key",
-        nargs="+",
+        action="append",
         metavar="KEY",
-        help="ask for one of these keys, each SECRET or NAME=SECRET (better: $LRAGENT_API_KEY, with commas between)",
+        help="ask for this key, SECRET or NAME=SECRET; may be given again (better: $LRAGENT_API_KEY, with commas)",
     )
     flag("--admin-key", metavar="KEY", help="who may load roles and see all figures (better: $LRAGENT_ADMIN_KEY)")
     flag("--ledger", type=Path, metavar="FILE", help="write down in this SQLite file what every request cost")
