@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
@@ -19,6 +20,9 @@ from lragent.serve.ledger.budgets import Left, Reservation
 from lragent.serve.ledger.ledger import Claim, Ledger, Times
 
 logger = logging.getLogger(__name__)
+
+_NO_HEADER = re.compile(r"[^!-:<-~]")
+"""What a name may hold and the value of a header, or this one's form, may not."""
 
 _COMMIT_S = 5.0
 """Seconds that an answer's end waits for its entry in the ledger."""
@@ -180,5 +184,5 @@ def budgets_header(left: list[Left]) -> dict[str, str]:
     if not left:
         return {}
     tightest = min(left, key=lambda each: each.left)
-    name = tightest.name.encode("ascii", "replace").decode().replace(";", "_").replace("\n", "_").replace("\r", "_")
+    name = _NO_HEADER.sub("_", tightest.name)
     return {"x-lragent-budget-left": f"{tightest.left:.9g}; {tightest.budget.scope}={name}"}

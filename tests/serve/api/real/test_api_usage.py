@@ -178,6 +178,15 @@ def test_a_budget_says_what_is_left_and_then_refuses(service: EngineService, tmp
         assert last["usage"]["lragent"]["budgets"][0]["name"] == "t2"
 
 
+def test_no_name_breaks_the_header(service: EngineService, tmp_path: Path) -> None:
+    with serve(service, tmp_path, Budget("trajectory", 1.0)) as served:
+        for name in ("a\r\nX-Forged: 1", "\0\x7f", "; role=x", "\U0001f642 é", " "):
+            for stream in (False, True):
+                answer = served.chat(trajectory_id=name, stream=stream, max_tokens=2)
+                assert "x-forged" not in answer.headers
+                assert re.fullmatch(r"[0-9.]+; trajectory=[!-:<-~]+", answer.headers["x-lragent-budget-left"])
+
+
 def test_many_at_once_cannot_overspend(service: EngineService, tmp_path: Path) -> None:
     limit = 0.001
     with serve(service, tmp_path, Budget("role", limit, name="plan")) as served, ThreadPoolExecutor(12) as pool:
