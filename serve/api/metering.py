@@ -159,7 +159,8 @@ class _Watch:
         if self._done is None or self._done.done():
             return
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self._done), _COMMIT_S)
+            # Shielded: whoever gives up waiting must not cancel what the ledger's thread is about to fulfil.
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._done)), _COMMIT_S)
         except Exception as error:
             logger.error("the ledger's entry of %s is not on disk yet: %r", self._request.request_id, error)
 

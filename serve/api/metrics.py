@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from lragent.serve.api.service import Service
+from lragent.serve.engine.engine import EngineStats
 from lragent.serve.engine.types import FinishReason
 from lragent.serve.ledger.ledger import Ledger
 
@@ -86,7 +87,6 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Every metric with its value now."""
         stats, model = self._service.stats(), self._service.model_name
-        loaded = ",".join(sorted(card.name for card in self._service.roles if card.parent is not None))
 
         def gauge(name: str, text: str, value: float) -> Metric:
             family = GaugeMetricFamily(name, text, labels=["model_name"])
@@ -130,10 +130,11 @@ class Metrics:
         running = ",".join(sorted(name for name in stats.running_roles if name != "base"))
         roles.add_metric([str(stats.role_places), running, ""], time.time())
         yield roles
-        yield from self._own(model, loaded)
+        yield from self._own(model, stats)
 
-    def _own(self, model: str, loaded: str) -> Iterator[Metric]:
-        stats = self._service.stats()
+    def _own(self, model: str, stats: EngineStats) -> Iterator[Metric]:
+        """Ours, out of the same look at the engine."""
+        loaded = ",".join(sorted(card.name for card in self._service.roles if card.parent is not None))
         info = GaugeMetricFamily("lragent:info", "What is served.", labels=["model_name", "sharing", "roles"])
         info.add_metric([model, str(self._service.sharing), loaded], 1)
         yield info
