@@ -31,11 +31,11 @@ from lragent.bench import machine
 from lragent.chat import Renderer
 from lragent.errors import UserError
 from lragent.eval.agent import ROLES
-from lragent.eval.generate import EVAL_FILE, TRAIN_FILE, with_counts, write_data_set
 from lragent.eval.heal import SERVED, heal_adapters
 from lragent.eval.intervals import wilson
-from lragent.eval.levels import level_named
 from lragent.eval.next_step import next_steps
+from lragent.eval.world.generate import EVAL_FILE, TRAIN_FILE, with_counts, write_data_set
+from lragent.eval.world.levels import level_named
 from lragent.models import load_model, load_tokenizer, resolve_model
 from lragent.pack import read_pack, write_pack
 from lragent.serve import Engine

@@ -1,1 +1,1 @@
-"""The multi-hop world: fictional pages, questions over them, tools, an oracle, the agent loop and its score."""
+"""Worlds to examine agents in, the loop that examines them, and what sharing a cache does to their answers."""

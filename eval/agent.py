@@ -10,8 +10,8 @@ from enum import StrEnum
 from typing import Protocol
 
 from lragent.errors import LRAgentError
-from lragent.eval.form import Form
-from lragent.eval.tools import FINISH, TOOLS, Desk
+from lragent.eval.world.form import Form
+from lragent.eval.world.tools import FINISH, TOOLS, Desk
 
 PLAN, ACTION, REFLECT = "plan", "action", "reflect"
 ROLES = (PLAN, ACTION, REFLECT)

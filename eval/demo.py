@@ -23,13 +23,13 @@ from lragent.errors import UserError
 from lragent.eval.agent import ACTION, PLAN, REFLECT, ROLES, Complete, Episode, Limits, Message, Reply
 from lragent.eval.children import Child
 from lragent.eval.examine import Examination, examine
-from lragent.eval.generate import TEST_FILE, TRAIN_FILE, write_data_set
-from lragent.eval.levels import level_named
 from lragent.eval.openai_client import openai_complete
-from lragent.eval.questions import Question
-from lragent.eval.score import Tally, is_right, never_search
 from lragent.eval.side_by_side import SideBySide, Sums
-from lragent.eval.testset import TestSet, load_test_set
+from lragent.eval.world.generate import TEST_FILE, TRAIN_FILE, write_data_set
+from lragent.eval.world.levels import level_named
+from lragent.eval.world.questions import Question
+from lragent.eval.world.score import Tally, is_right, never_search
+from lragent.eval.world.testset import TestSet, load_test_set
 from lragent.models import load_model, load_tokenizer, resolve_model
 
 LEVEL = "demo"

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lragent.eval.agent import Complete, Episode, Limits, Message, Reply
-from lragent.eval.questions import Question
-from lragent.eval.score import Score, score
-from lragent.eval.testset import TestSet
-from lragent.eval.tools import Desk
+from lragent.eval.world.questions import Question
+from lragent.eval.world.score import Score, score
+from lragent.eval.world.testset import TestSet
+from lragent.eval.world.tools import Desk
 
 
 class _StoppedError(Exception):

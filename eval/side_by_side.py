@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from lragent.bench.baselines import CachePerRole, FirstToken, PeftTeam, PrefillAnew, Turn
 from lragent.chat import Renderer
 from lragent.eval.agent import Complete, Episode, Limits, Message, Reply, Step
-from lragent.eval.questions import Question
-from lragent.eval.score import is_right
-from lragent.eval.testset import TestSet
-from lragent.eval.tools import Desk
+from lragent.eval.world.questions import Question
+from lragent.eval.world.score import is_right
+from lragent.eval.world.testset import TestSet
+from lragent.eval.world.tools import Desk
 
 STYLES = {"plan": "cyan", "action": "yellow", "reflect": "magenta", "tool": "dim"}
 

@@ -23,9 +23,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder and prints what is in it. Raises `UserError` on bad input."""
-    from lragent.eval.generate import EVAL_FILE, TEST_FILE, TRAIN_FILE, with_counts, write_data_set
-    from lragent.eval.levels import level_named
-    from lragent.eval.score import never_search
+    from lragent.eval.world.generate import EVAL_FILE, TEST_FILE, TRAIN_FILE, with_counts, write_data_set
+    from lragent.eval.world.levels import level_named
+    from lragent.eval.world.score import never_search
 
     level = with_counts(level_named(args.level), args.train, args.eval, args.test)
     data = write_data_set(level, args.seed, args.output)

@@ -17,15 +17,15 @@ from lragent.eval.agent import (
     tool_named_in,
     verdict_in,
 )
-from lragent.eval.form import Form
-from lragent.eval.generate import make_data_set, with_counts
-from lragent.eval.gold import gold_trajectory
-from lragent.eval.levels import LEVELS
-from lragent.eval.oracle import Oracle
-from lragent.eval.questions import Path, Question
-from lragent.eval.score import score
-from lragent.eval.tools import Desk, Library
-from lragent.eval.world import Fact, Page, World
+from lragent.eval.world.form import Form
+from lragent.eval.world.generate import make_data_set, with_counts
+from lragent.eval.world.gold import gold_trajectory
+from lragent.eval.world.levels import LEVELS
+from lragent.eval.world.oracle import Oracle
+from lragent.eval.world.pages import Fact, Page, World
+from lragent.eval.world.questions import Path, Question
+from lragent.eval.world.score import score
+from lragent.eval.world.tools import Desk, Library
 
 WORLD = World(
     {

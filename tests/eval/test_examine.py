@@ -10,10 +10,10 @@ import pytest
 from lragent.errors import LRAgentError
 from lragent.eval.agent import Limits, Message, Reply
 from lragent.eval.examine import examine
-from lragent.eval.generate import make_data_set, with_counts
-from lragent.eval.levels import LEVELS
-from lragent.eval.oracle import Oracle
-from lragent.eval.testset import TestSet
+from lragent.eval.world.generate import make_data_set, with_counts
+from lragent.eval.world.levels import LEVELS
+from lragent.eval.world.oracle import Oracle
+from lragent.eval.world.testset import TestSet
 
 
 @pytest.fixture(scope="module")

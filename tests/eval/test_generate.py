@@ -8,9 +8,9 @@ import pytest
 
 from lragent.cli import world as command
 from lragent.errors import UserError
-from lragent.eval.generate import EVAL_FILE, TEST_FILE, TRAIN_FILE, make_data_set, with_counts, write_data_set
-from lragent.eval.levels import LEVELS
-from lragent.eval.testset import load_test_set
+from lragent.eval.world.generate import EVAL_FILE, TEST_FILE, TRAIN_FILE, make_data_set, with_counts, write_data_set
+from lragent.eval.world.levels import LEVELS
+from lragent.eval.world.testset import load_test_set
 
 TINY = with_counts(LEVELS["demo"], 12, 3, 8)
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from lragent.eval.generate import make_data_set, with_counts
-from lragent.eval.levels import LEVELS
-from lragent.eval.questions import Path, Question
-from lragent.eval.score import Tally, is_right, never_search, normalise
+from lragent.eval.world.generate import make_data_set, with_counts
+from lragent.eval.world.levels import LEVELS
+from lragent.eval.world.questions import Path, Question
+from lragent.eval.world.score import Tally, is_right, never_search, normalise
 
 
 def question(kind: str, answer: str, *starts: str) -> Question:

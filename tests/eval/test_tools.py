@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from lragent.eval.levels import LEVELS
-from lragent.eval.names import take_names
-from lragent.eval.tools import LOOKUP, SEARCH, Desk, Library
-from lragent.eval.world import Page, World, build_world
+from lragent.eval.world.levels import LEVELS
+from lragent.eval.world.names import take_names
+from lragent.eval.world.pages import Page, World, build_world
+from lragent.eval.world.tools import LOOKUP, SEARCH, Desk, Library
 
 PAGES = (
     Page(

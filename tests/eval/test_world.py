@@ -7,12 +7,12 @@ import re
 import pytest
 
 from lragent.errors import UserError
-from lragent.eval.generate import make_data_set, with_counts
-from lragent.eval.levels import LEVELS, Level, level_named
-from lragent.eval.names import FIRST, LATER, take_names
-from lragent.eval.questions import OPEN_HOPS, chains, make_questions
-from lragent.eval.schema import SCHEMA, YEAR
-from lragent.eval.world import World, build_world
+from lragent.eval.world.generate import make_data_set, with_counts
+from lragent.eval.world.levels import LEVELS, Level, level_named
+from lragent.eval.world.names import FIRST, LATER, take_names
+from lragent.eval.world.pages import World, build_world
+from lragent.eval.world.questions import OPEN_HOPS, chains, make_questions
+from lragent.eval.world.schema import SCHEMA, YEAR
 
 
 def small(name: str) -> Level:

@@ -8,10 +8,10 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from lragent.errors import UserError
-from lragent.eval.form import Form
-from lragent.eval.questions import Path, Question
-from lragent.eval.tools import Library
-from lragent.eval.world import Fact, Page, World
+from lragent.eval.world.form import Form
+from lragent.eval.world.pages import Fact, Page, World
+from lragent.eval.world.questions import Path, Question
+from lragent.eval.world.tools import Library
 
 FORMAT, VERSION = "lragent-test-world", 1
 

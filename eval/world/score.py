@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lragent.eval.agent import Ending, Episode
-from lragent.eval.questions import Question
+from lragent.eval.world.questions import Question
 
 
 def normalise(answer: str) -> str:

@@ -5,11 +5,11 @@ from typing import Any
 
 from lragent.errors import LRAgentError
 from lragent.eval.agent import Episode
-from lragent.eval.levels import Level
-from lragent.eval.oracle import Oracle
-from lragent.eval.questions import OPEN_HOPS, Question
-from lragent.eval.tools import Desk, Library
-from lragent.eval.world import World
+from lragent.eval.world.levels import Level
+from lragent.eval.world.oracle import Oracle
+from lragent.eval.world.pages import World
+from lragent.eval.world.questions import OPEN_HOPS, Question
+from lragent.eval.world.tools import Desk, Library
 
 
 def gold_trajectory(

@@ -4,8 +4,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lragent.eval.levels import Level
-from lragent.eval.schema import SCHEMA, YEAR, Relation
+from lragent.eval.world.levels import Level
+from lragent.eval.world.schema import SCHEMA, YEAR, Relation
 
 _FILLERS = (
     "Visitors from {other} praise the {adjective} {thing}.",

@@ -13,13 +13,13 @@ from typing import Any
 
 from lragent.atomic import new_folder
 from lragent.errors import UserError
-from lragent.eval.gold import gold_trajectories
-from lragent.eval.levels import Level
-from lragent.eval.names import take_names
-from lragent.eval.questions import Question, make_questions
-from lragent.eval.schema import SCHEMA
-from lragent.eval.testset import TestSet, dump_test_set
-from lragent.eval.world import World, build_world
+from lragent.eval.world.gold import gold_trajectories
+from lragent.eval.world.levels import Level
+from lragent.eval.world.names import take_names
+from lragent.eval.world.pages import World, build_world
+from lragent.eval.world.questions import Question, make_questions
+from lragent.eval.world.schema import SCHEMA
+from lragent.eval.world.testset import TestSet, dump_test_set
 
 TRAIN_FILE, EVAL_FILE, TEST_FILE = "train.jsonl", "eval.jsonl", "test_world.json"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lragent.errors import UserError
-from lragent.eval.form import Form
+from lragent.eval.world.form import Form
 
 SHORT_SYSTEM = "Tools: Search, Lookup, Finish."
 FULL_SYSTEM = (

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lragent.errors import UserError
-from lragent.eval.levels import Level
-from lragent.eval.schema import SCHEMA, YEAR, target_of
-from lragent.eval.world import World
+from lragent.eval.world.levels import Level
+from lragent.eval.world.pages import World
+from lragent.eval.world.schema import SCHEMA, YEAR, target_of
 
 OPEN_HOPS = {"two_hop": 2, "three_hop": 3}
 """Kinds of open questions, and how many facts each chains."""

@@ -5,7 +5,7 @@ import re
 import bm25s
 import numpy as np
 
-from lragent.eval.world import Page, World
+from lragent.eval.world.pages import Page, World
 
 SEARCH, LOOKUP, FINISH = "Search", "Lookup", "Finish"
 TOOLS = (SEARCH, LOOKUP, FINISH)
