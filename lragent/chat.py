@@ -20,6 +20,7 @@ from lragent.chat_messages import read_messages
 from lragent.chat_tools import ToolForm, tool_form
 from lragent.errors import UserError
 from lragent.modes import PrefixWriter
+from lragent.token_memo import TokenMemo
 
 BASE = "base"
 """The role without an adapter."""
@@ -75,6 +76,7 @@ class Renderer:
         # Whether special tokens in a text are parsed is state of a tokenizer, so the one that reads content is private.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
+        self._encode = TokenMemo(self._tokenise_contents)
         self._write = form.write
         self._frames: dict[Pair, _FrameIds] = {pair: self._tokenise(pair, frame) for pair, frame in form.frames.items()}
         self.end_of_turn: int = self._frames["user", "assistant"].end_of_turn[0]
@@ -173,8 +175,8 @@ class Renderer:
             raise UserError(f"{where}.role: this model's chat template takes a system message only as the first one.")
         return frame
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise contents. The lock: a call sets state of the tokenizer that a call beside it would read."""
+    def _tokenise_contents(self, texts: list[str]) -> list[list[int]]:
+        """The lock: a call sets state of the tokenizer that a call beside it would read."""
         with self._lock:
             return self._tokenizer(
                 texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False

@@ -128,18 +128,19 @@ class EngineService:
 
         Raises as `submit`, and EngineDeadError if the engine fails meanwhile.
         """
-        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        parts: list[Chunk] = []
+        ended = threading.Event()  # one wake-up for an answer, not one for each of its tokens
 
         def take(chunk: Chunk) -> None:
             if watch is not None:
                 watch(chunk)
-            chunks.put(chunk)
+            parts.append(chunk)
+            if chunk.finish_reason is not None:
+                ended.set()
 
         self.submit(request, take)
-        parts: list[Chunk] = []
         try:
-            while not parts or parts[-1].finish_reason is None:
-                parts.append(chunks.get())
+            ended.wait()
         finally:
             self.cancel(request.request_id)  # where it was interrupted
         return joined(parts)
