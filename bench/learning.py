@@ -11,74 +11,49 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 
-from lragent.adapter_set import AdapterSet, RoleSpec
-from lragent.attention import ATTENTION, register_attention
+from lragent.adapter_set import AdapterSet
+from lragent.attention import ATTENTION
 from lragent.bench import machine
-from lragent.chat import Renderer
 from lragent.errors import UserError
 from lragent.eval.agent import ROLES
-from lragent.eval.heal import SERVED, heal_adapters
+from lragent.eval.heal import SERVED
 from lragent.eval.intervals import wilson
 from lragent.eval.next_step import next_steps
+from lragent.eval.study.regimes import REGIMES, Teacher, Training
 from lragent.eval.world.generate import EVAL_FILE, TRAIN_FILE, with_counts, write_data_set
 from lragent.eval.world.levels import level_named
-from lragent.models import load_model, load_tokenizer, resolve_model
-from lragent.pack import read_pack, write_pack
+from lragent.models import load_model
+from lragent.pack import read_pack
 from lragent.serve import Engine
-from lragent.stacking import stack
-from lragent.tied_lora import build_role_model, role_model_from
-from lragent.train.data import Example, RoleViews
-from lragent.train.distributed import make_accelerator, matrices
+from lragent.tied_lora import role_model_from
+from lragent.train.distributed import make_accelerator
 from lragent.train.evaluation import EvalScores, evaluate
-from lragent.train.examples import load_examples
-from lragent.train.loop import DTYPES, fit, train
+from lragent.train.loop import DTYPES
 from lragent.train.role_loss import RoleLoss
-from lragent.train.settings import TrainSettings
 from lragent.train.tasks import Tasks
-
-REGIMES = {
-    "per_role": "per_role, joint A",
-    "shared": "shared, joint A",
-    "mixed": "mixed, joint A",
-    "sequential": "per_role, A by the first role",
-    "apart": "trained apart, stacked",
-    "healed": "trained apart, stacked, healed",
-}
-"""By name, for people. `healed` goes on from `apart`."""
-
-HEAL_SHARE = 0.09
-"""Of the tokens that the roles were trained on apart: what healing may learn from."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every seed is given. Batches are of one step."""
+    """What every seed is given."""
 
-    model: str | None
     level: str
     examples: int
     held_out: int
     generated: int
-    epochs: int
-    tokens_per_batch: int
-    lr: float
-    heal_lr: float
-    rank: int = 8
-    dtype: Literal["bf16", "float32"] = "bf16"
+    training: Training
 
 
 class Lab:
@@ -88,106 +63,27 @@ class Lab:
         self.plan, self.seed, self.folder = plan, seed, folder
         level = with_counts(level_named(plan.level), plan.examples, plan.held_out, 1)
         write_data_set(level, seed, folder / "world")
-        self.source = resolve_model(plan.model)
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        renderer = Renderer(load_tokenizer(self.source))
-        common: dict[str, Any] = {"objective": "mixed", "prefix_writer": "base"}
-        self.examples = list(load_examples(folder / "world" / TRAIN_FILE, renderer, ROLES, **common))
-        self.held_out = list(load_examples(folder / "world" / EVAL_FILE, renderer, ROLES, **common))
+        self.teacher = Teacher(plan.training, folder / "world" / TRAIN_FILE, seed, folder)
+        self.held_out = self.teacher.load(folder / "world" / EVAL_FILE)
         lines = (folder / "world" / EVAL_FILE).read_text(encoding="utf-8").splitlines()
         self.gold = [json.loads(line)["messages"] for line in lines[: plan.generated]]
-        register_attention()
 
     def run(self, regime: str) -> dict[str, Any]:
         """Train and measure one regime: a record."""
+        pack = self.folder / f"{regime}.safetensors"
+        facts = self.teacher.train(regime, pack)
         began = time.monotonic()
-        pack, facts = getattr(self, f"_{regime}")(self.folder / f"{regime}.safetensors")
-        seconds = time.monotonic() - began
         record = {"seed": self.seed, "regime": regime, "plan": dataclasses.asdict(self.plan), **facts}
-        record["train_s"] = round(seconds, 1)
+        record["train_s"] = record.pop("seconds")
         record["predicted"] = self._predicted(read_pack(pack))
         record["generated"] = {mode: self._generated(pack, mode) for mode in SERVED.values()} if self.gold else {}
-        record["measure_s"] = round(time.monotonic() - began - seconds, 1)
+        record["measure_s"] = round(time.monotonic() - began, 1)
         return record
-
-    # -- regimes -------------------------------------------------------------------------------------------------
-
-    def _settings(self, objective: str, **more: Any) -> TrainSettings:
-        """What all regimes have in common; `out` is for those that write something."""
-        plan = self.plan
-        return TrainSettings(
-            data=self.folder / "world" / TRAIN_FILE, out=self.folder / "run", model=plan.model,
-            dtype=plan.dtype, rank=plan.rank, alpha=2.0 * plan.rank, dropout=0.0, epochs=plan.epochs, lr=plan.lr,
-            tokens_per_batch=plan.tokens_per_batch, seed=self.seed, compile=False,
-            **({"objective": objective, "roles": ROLES} | more),
-        )  # fmt: skip
-
-    def _trained(self, pack: Path, settings: TrainSettings) -> tuple[Path, dict[str, Any]]:
-        summary = train(settings)
-        assert summary is not None, "there is one process"
-        Path(summary["pack"]).rename(pack)
-        shutil.rmtree(summary["out"])
-        return pack, {"tokens": summary["tokens"], "steps": summary["steps"]}
-
-    def _per_role(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        return self._trained(pack, self._settings("per_role"))
-
-    def _shared(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        return self._trained(pack, self._settings("shared"))
-
-    def _mixed(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        return self._trained(pack, self._settings("mixed"))
-
-    def _sequential(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        return self._trained(pack, self._settings("per_role", tying="sequential"))
-
-    def _apart(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        """Every role by itself on its own turns, as PEFT's users do, with an A of its own."""
-        singles, tokens, steps = [], 0, 0
-        for number, role in enumerate(ROLES, start=1):
-            set_seed(1_000 * self.seed + number)
-            model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
-            built = build_role_model(model, [role], rank=self.plan.rank, alpha=2.0 * self.plan.rank)
-            views = [_as_first(view) for view in RoleViews(self.examples, {number})]
-            done = fit(self._settings("per_role", roles=(role,)), built, views)
-            shared_a, role_b = matrices(built, done.weights)
-            singles.append(
-                AdapterSet(
-                    base_model=self.source.name,
-                    base_fingerprint=self.source.fingerprint(),
-                    form="tied",
-                    targets=built.targets,
-                    roles=(RoleSpec(role, 2.0 * self.plan.rank, self.plan.rank),),
-                    shared_a=shared_a,
-                    role_b=role_b,
-                )
-            )
-            tokens, steps = tokens + done.result.tokens, steps + done.result.steps
-        write_pack(pack, stack(singles))
-        return pack, {"tokens": tokens, "steps": steps}
-
-    def _healed(self, pack: Path) -> tuple[Path, dict[str, Any]]:
-        """Until the gap is closed on a tenth of the training data, which is kept out for that, or a share of the tokens
-        that the roles were trained on is used up."""
-        apart = self.folder / "apart.safetensors"
-        if not apart.is_file():
-            self._apart(apart)
-        kept = len(self.examples) // 10
-        model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
-        trained = self.plan.epochs * sum(RoleViews(self.examples).lengths)
-        healed = heal_adapters(
-            read_pack(apart), model, self.examples[kept:], self.examples[:kept], tolerance=0.25, epochs=1,
-            lr=self.plan.heal_lr, tokens_per_batch=self.plan.tokens_per_batch, seed=self.seed,
-            max_tokens=int(HEAL_SHARE * trained),
-        )  # fmt: skip
-        write_pack(pack, healed.adapters)
-        return pack, {"tokens": healed.tokens, "steps": healed.steps, "closed": healed.closed}
-
-    # -- measures ------------------------------------------------------------------------------------------------
 
     def _predicted(self, adapters: AdapterSet) -> dict[str, Any]:
         """Right turns and turns of each mode and role, by the trainer."""
-        model = load_model(self.source, DTYPES[self.plan.dtype], self.device, ATTENTION)
+        teacher = self.teacher
+        model = load_model(teacher.source, DTYPES[self.plan.training.dtype], teacher.device, ATTENTION)
         built = role_model_from(model, adapters)
         tasks = Tasks("mixed", self.held_out, tokens_per_batch=16_384, batches_per_step=1, seed=0).one_epoch()
         scores: EvalScores = evaluate(RoleLoss(built), tasks, ROLES, make_accelerator())
@@ -199,16 +95,11 @@ class Lab:
     def _generated(self, pack: Path, mode: str) -> dict[str, Any]:
         """The same, by the engine."""
         with Engine(
-            self.plan.model, pack, sharing=mode, prefix_writer="base" if mode != "non_shared" else None,
+            self.plan.training.model, pack, sharing=mode, prefix_writer="base" if mode != "non_shared" else None,
             enforce_eager=True, max_tokens_in_cache=131_072,
         ) as engine:  # fmt: skip
             steps = next_steps(engine, self.gold, quiet=True)
         return {"right": dict(steps.right), "turns": dict(steps.total)}
-
-
-def _as_first(view: Example) -> Example:
-    """A role's view as the first role's of a team of one."""
-    return dataclasses.replace(view, authors=view.authors.clamp(max=1), roles=view.roles.clamp(max=1))
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
@@ -329,10 +220,11 @@ def main(argv: Sequence[str]) -> int:
     if args.merge:
         records = [record for path in args.merge for record in records_of(path)]
     else:
-        plan = Plan(
-            args.model, args.level, args.examples, args.held_out, args.generated, args.epochs, args.tokens_per_batch,
-            args.lr, args.heal_lr, dtype=args.dtype,
+        training = Training(
+            model=args.model, dtype=args.dtype, epochs=args.epochs, tokens_per_batch=args.tokens_per_batch, lr=args.lr,
+            heal_lr=args.heal_lr,
         )  # fmt: skip
+        plan = Plan(args.level, args.examples, args.held_out, args.generated, training)
         deadline = time.monotonic() + (args.time_limit or float("inf"))
         seeds = [int(seed) for seed in args.seeds.split(",")]
         for _ in run_cells(plan, seeds, regimes, args.records, deadline, console.print):

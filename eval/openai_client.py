@@ -1,13 +1,27 @@
 """An OpenAI endpoint as a `Complete`: `model` names the role, numbers come from `usage` and from our own clock."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import openai
 
+from lragent.errors import UserError
 from lragent.eval.agent import Complete, Message, OutOfContextError, Reply
 
 CONTEXT_ERROR = "context_length_exceeded"
+
+
+@contextmanager
+def openai_endpoint(base_url: str, api_key: str) -> Iterator[Complete]:
+    """An endpoint for the length of a block, without a proxy between. Raises UserError where it does not answer."""
+    client = openai.OpenAI(base_url=base_url, api_key=api_key, http_client=openai.DefaultHttpxClient(trust_env=False))
+    with client:
+        try:
+            yield openai_complete(client)
+        except openai.OpenAIError as error:
+            raise UserError(f"{base_url}: {error}") from error
 
 
 def openai_complete(client: openai.OpenAI, *, extra_body: dict[str, Any] | None = None) -> Complete:

@@ -1,0 +1,93 @@
+"""A test's questions put to a team: many at once, what is answered already left out."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lragent.errors import UserError
+from lragent.eval.agent import Complete, Episode, Limits
+from lragent.eval.answers import Answer, AnswerFile
+from lragent.eval.engine_client import engine_complete
+from lragent.eval.examine import examine
+from lragent.eval.world.questions import Question
+from lragent.eval.world.testset import TestSet
+from lragent.modes import PrefixWriter, SharingMode
+from lragent.serve.engine.build import build_service
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked."""
+
+    workers: int = 64
+    """Questions at once."""
+    iterations: int = 45
+    """Of one question, at most; one is a decision of plan and what follows from it."""
+    max_tokens_in_cache: int | None = None
+    """Of an engine in this process; None = what fits the memory that is free."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the field that is out of range."""
+        for name in ("workers", "iterations", "max_tokens_in_cache"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: must be at least 1, not {value}.")
+
+
+@contextmanager
+def served(model: str | None, pack: Path | None, mode: SharingMode, asking: Asking) -> Iterator[Complete]:
+    """An engine in this process for the length of a block. Where one role writes each token, the base writes what comes
+    before the first turn, whatever the pack was trained for: so all packs are asked alike."""
+    service = build_service(
+        model=model,
+        roles=None if pack is None else str(pack),
+        sharing=mode,
+        prefix_writer=PrefixWriter.BASE if mode.one_writer_per_token else None,
+        max_num_seqs=asking.workers,
+        max_tokens_in_cache=asking.max_tokens_in_cache,
+    )
+    service.start()
+    try:
+        yield engine_complete(service)
+    finally:
+        service.stop(drain=False)
+        del service
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what no object holds any more, so that others on the GPU can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def ask(
+    test: TestSet,
+    count: int,
+    complete: Complete,
+    file: AnswerFile,
+    asking: Asking,
+    *,
+    deadline: float = float("inf"),
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> None:
+    """Ask those of the first `count` questions that `file` does not hold, and write each down as it is answered. After
+    `deadline` (of `time.monotonic`) none is begun. Raises what `complete` raises."""
+
+    def ended(question: Question, episode: Episode) -> None:
+        answer = Answer.of(question, episode)
+        file.add(answer)
+        on_answer(answer)
+
+    missing = [question for question in test.questions[:count] if question.id not in file.answers]
+    examine(
+        test, missing, complete, Limits(iterations=asking.iterations), workers=asking.workers, deadline=deadline,
+        on_end=ended,
+    )  # fmt: skip

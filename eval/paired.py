@@ -1,0 +1,69 @@
+"""Two ways to answer the same questions, compared: by how much they differ, and whether that can be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+"""Of a bootstrap interval."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How many questions each of two ways got right, and how many both. Sums of such are over several seeds."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @classmethod
+    def of(cls, first: Sequence[bool], second: Sequence[bool]) -> Paired:
+        """From right or wrong of the same questions in the same order. Raises ValueError."""
+        pairs = list(zip(first, second, strict=True))
+        return cls(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))))
+
+    @property
+    def total(self) -> int:
+        """Questions."""
+        return self.both + self.only_first + self.only_second + self.neither
+
+    @property
+    def difference(self) -> float:
+        """Share right of the second less that of the first."""
+        return (self.only_second - self.only_first) / self.total
+
+    @property
+    def mcnemar(self) -> float:
+        """The exact two-sided p-value of McNemar's test: how likely questions that only one way got right are to be so
+        unevenly shared out, or more so, were both ways equally good."""
+        few, n = min(self.only_first, self.only_second), self.only_first + self.only_second
+        ways, tail = 1, 0
+        for k in range(few + 1):
+            tail += ways
+            ways = ways * (n - k) // (k + 1)
+        return min(1.0, 2 * tail / 2**n)
+
+
+def interval(pairs: Iterable[Paired], *, seed: int = 0) -> tuple[float, float]:
+    """The 95% bootstrap interval of the difference, questions drawn anew within each of `pairs` (one for each seed of
+    training). To draw questions is to draw how many fall into each of the four cells."""
+    rng = np.random.default_rng(seed)
+    differences, total = np.zeros(RESAMPLES), 0
+    for pair in pairs:
+        shares = np.array([pair.both, pair.only_first, pair.only_second, pair.neither]) / pair.total
+        drawn = rng.multinomial(pair.total, shares, RESAMPLES)
+        differences += drawn[:, 2] - drawn[:, 1]
+        total += pair.total
+    low, high = np.percentile(differences / total, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap(right: int, total: int, *, seed: int = 0) -> tuple[float, float]:
+    """The 95% bootstrap interval of a share."""
+    drawn = np.random.default_rng(seed).binomial(total, right / total, RESAMPLES) / total
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)

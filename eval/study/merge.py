@@ -1,0 +1,101 @@
+"""What studies and runs have found, as records that can be kept: a line for each training and each cell of answers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lragent.config import load_config
+from lragent.errors import UserError
+from lragent.eval.answers import Answer, read_answers
+from lragent.eval.study.folder import PLAN, StudyFolder
+from lragent.eval.study.plan import StudyPlan
+
+MEANS = ("iterations", "turns", "context", "generated", "computed", "reused", "seconds", "ttft_s")
+"""Numbers of an answer whose mean over the questions is kept."""
+NOT_ASKED = "-"
+
+Record = dict[str, Any]
+
+
+def records_of(folders: Iterable[Path]) -> list[Record]:
+    """The records of several folders of `lragent eval study` as one: kinds `training` and `answers`.
+
+    A cell that stands in several is put together of all. Raises UserError where they contradict each other.
+    """
+    trainings: dict[tuple[int, str], Record] = {}
+    answers: dict[tuple[int, str, str], dict[str, Answer]] = {}
+    level = None
+    for path in folders:
+        if not (path / PLAN).is_file():
+            raise UserError(f"{path}: is no folder of `lragent eval study`.")
+        plan = load_config(StudyPlan, path / PLAN)
+        if level not in (None, plan.level):
+            raise UserError(f"{path}: is a study of level {plan.level!r}, the one before it of {level!r}.")
+        level = plan.level
+        folder = StudyFolder(path, plan)
+        for seed in plan.seeds:
+            for regime in plan.regimes:
+                if folder.facts(seed, regime).is_file():
+                    _add(trainings, (seed, regime), json.loads(folder.facts(seed, regime).read_text()), path)
+                for mode in plan.modes:
+                    file = folder.answers(seed, regime, mode)
+                    cell = answers.setdefault((seed, regime, mode.value), {})
+                    for name, answer in read_answers(file).items() if file.is_file() else ():
+                        _add(cell, name, answer, file)
+    records: list[Record] = [
+        {"kind": "training", "level": level, "seed": seed, "regime": regime, **facts}
+        for (seed, regime), facts in sorted(trainings.items())
+    ]
+    records += [
+        {"kind": "answers", "level": level, "seed": seed, "regime": regime, "mode": mode, **cell_of(cell)}
+        for (seed, regime, mode), cell in sorted(answers.items())
+        if cell
+    ]
+    return records
+
+
+def _add(found: dict[Any, Any], key: Any, value: Any, where: Path) -> None:
+    if found.setdefault(key, value) != value:
+        raise UserError(f"{where}: says of {key} something else than a folder before it; leave one of them out.")
+
+
+def cell_of(answers: Mapping[str, Answer]) -> Record:
+    """Answers to questions of one test set, in short: `right` has a character for each question by its number, 1, 0,
+    or - where it was not asked."""
+    by_number = {int(name.rpartition("-")[2]): answer for name, answer in answers.items()}
+    found = list(by_number.values())
+    kinds = sorted({answer.kind for answer in found})
+    return {
+        "asked": len(found),
+        "right": "".join(
+            str(int(by_number[at].right)) if at in by_number else NOT_ASKED for at in range(max(by_number) + 1)
+        ),
+        "kinds": {
+            kind: [sum(a.right for a in found if a.kind == kind), sum(a.kind == kind for a in found)] for kind in kinds
+        },
+        "endings": dict(sorted(Counter(answer.ending.value for answer in found).items())),
+        "mean": {name: round(fmean(getattr(answer, name) for answer in found), 4) for name in MEANS},
+    }
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The records in files of `lragent eval merge` and its like: JSON objects with a `kind`, one a line."""
+    records = []
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}).") from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                record["kind"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}:{number}: is no record with a `kind` ({error}).") from error
+            records.append(record)
+    return records

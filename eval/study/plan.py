@@ -1,0 +1,56 @@
+"""What a study compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lragent.errors import UserError
+from lragent.eval.ask import Asking
+from lragent.eval.study.regimes import REGIMES, Training
+from lragent.eval.world.generate import with_counts
+from lragent.eval.world.levels import Level, level_named
+from lragent.modes import SharingMode
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Every regime is trained for every seed, and asked in every mode."""
+
+    level: str = "hard"
+    """Of the multi-hop world."""
+    train: int | None = None
+    """Trajectories to train on; None = the level's own number."""
+    test: int | None = None
+    """Questions of the test world, of which some or all are asked; None = the level's own number."""
+    seeds: tuple[int, ...] = (0,)
+    """Each has a world, and trainings, of its own."""
+    regimes: tuple[str, ...] = tuple(REGIMES)
+    modes: tuple[SharingMode, ...] = tuple(SharingMode)
+    questions: int = 1_000
+    """Of each regime in each mode; the same ones in all."""
+    more_questions: Mapping[str, int] = field(default_factory=dict)
+    """Regimes that are asked more, as less of a difference is to be seen: `mixed: 4000`."""
+    training: Training = field(default_factory=Training)
+    asking: Asking = field(default_factory=Asking)
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the field that is out of range."""
+        for name in (*self.regimes, *self.more_questions):
+            if name not in REGIMES:
+                raise UserError(f"regimes: there is no {name!r}; there are {', '.join(REGIMES)}.")
+        for name in ("seeds", "regimes", "modes"):
+            if len(set(getattr(self, name))) < max(1, len(getattr(self, name))):
+                raise UserError(f"{name}: must name at least one, and none twice.")
+        most = self.world().test_count
+        for field_name, count in (("questions", self.questions), *self.more_questions.items()):
+            if not 1 <= count <= most:
+                raise UserError(f"{field_name}: must be from 1 to the test world's {most} (`test`), not {count}.")
+
+    def asked(self, regime: str) -> int:
+        """Questions that `regime` is asked in each mode."""
+        return max(self.questions, self.more_questions.get(regime, 0))
+
+    def world(self) -> Level:
+        """The level with this plan's counts. Raises UserError where there is none of that name."""
+        return with_counts(level_named(self.level), train=self.train, test=self.test)

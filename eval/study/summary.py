@@ -1,0 +1,138 @@
+"""What the records of a study say: how many answers were right, and how the modes differ on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lragent.eval.paired import Paired, bootstrap, interval
+from lragent.eval.study.merge import NOT_ASKED, Record
+from lragent.eval.study.regimes import REGIMES
+from lragent.modes import SharingMode
+
+BASIS = SharingMode.NON_SHARED.value
+"""The exact mode, which the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One regime in one mode, over all seeds."""
+
+    regime: str
+    mode: str
+    records: tuple[Record, ...]
+    """Of kind `answers`, one for each seed."""
+
+    @cached_property
+    def by_seed(self) -> dict[int, str]:
+        """Right, wrong or not asked, a character for each question."""
+        return {record["seed"]: record["right"] for record in self.records}
+
+    @property
+    def asked(self) -> int:
+        """Questions, over all seeds."""
+        return sum(record["asked"] for record in self.records)
+
+    @property
+    def right(self) -> int:
+        """Right answers."""
+        return sum(right.count("1") for right in self.by_seed.values())
+
+    @property
+    def share(self) -> float:
+        """Right answers, as a share."""
+        return self.right / self.asked
+
+    def interval(self) -> tuple[float, float]:
+        """95% of `share`, by bootstrap."""
+        return bootstrap(self.right, self.asked)
+
+    @property
+    def out_of_function(self) -> float:
+        """Share of the questions that got no answer within the limits."""
+        return sum(n for record in self.records for ending, n in record["endings"].items() if ending != "accepted") / (
+            self.asked
+        )
+
+    def mean(self, name: str) -> float:
+        """Mean over the questions of a number that a record has the mean of."""
+        return sum(record["asked"] * record["mean"][name] for record in self.records) / self.asked
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One cell against another, on the questions that both were asked."""
+
+    by_seed: dict[int, Paired]
+
+    @property
+    def total(self) -> Paired:
+        """All seeds together."""
+        pairs = self.by_seed.values()
+        return Paired(
+            *(sum(getattr(pair, name) for pair in pairs) for name in ("both", "only_first", "only_second", "neither"))
+        )
+
+    @property
+    def points(self) -> float:
+        """Of accuracy that the second has more."""
+        return 100 * self.total.difference
+
+    def interval(self) -> tuple[float, float]:
+        """95% of `points`, by bootstrap within each seed."""
+        low, high = interval(self.by_seed.values())
+        return 100 * low, 100 * high
+
+    def widest(self) -> float:
+        """Half the widest 95% interval of a single seed, in points."""
+        widths = [high - low for low, high in (interval([pair]) for pair in self.by_seed.values())]
+        return 50 * max(widths)
+
+
+class Study:
+    """Everything that the records hold."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        """Takes those of kinds `answers` and `training`; others are passed over."""
+        answers = [record for record in records if record["kind"] == "answers"]
+        self.trainings = [record for record in records if record["kind"] == "training"]
+        self.level = answers[0]["level"] if answers else ""
+        self.seeds = sorted({record["seed"] for record in answers})
+        self.cells: dict[tuple[str, str], Cell] = {}
+        for regime in REGIMES:
+            for mode in SharingMode:
+                found = tuple(r for r in answers if (r["regime"], r["mode"]) == (regime, mode.value))
+                if found:
+                    self.cells[regime, mode.value] = Cell(regime, mode.value, found)
+
+    @property
+    def regimes(self) -> list[str]:
+        """Those that answered in any mode."""
+        return [name for name in REGIMES if any(regime == name for regime, _ in self.cells)]
+
+    @property
+    def best(self) -> Cell | None:
+        """The regime that answers best in the exact mode."""
+        exact = [cell for (_, mode), cell in self.cells.items() if mode == BASIS]
+        return max(exact, key=lambda cell: cell.share, default=None)
+
+    def difference(self, first: Cell, second: Cell) -> Difference | None:
+        """What `second` has more; None where they share no question."""
+        pairs: dict[int, Paired] = {}
+        for seed in sorted(first.by_seed.keys() & second.by_seed.keys()):
+            one, other = first.by_seed[seed], second.by_seed[seed]
+            asked = [at for at, (a, b) in enumerate(zip(one, other, strict=False)) if NOT_ASKED not in (a, b)]
+            if asked:
+                pairs[seed] = Paired.of([one[at] == "1" for at in asked], [other[at] == "1" for at in asked])
+        return Difference(pairs) if pairs else None
+
+    def from_exact(self, regime: str, mode: str) -> Difference | None:
+        """A mode against `non_shared`, of the same roles."""
+        if (regime, BASIS) not in self.cells or (regime, mode) not in self.cells:
+            return None
+        return self.difference(self.cells[regime, BASIS], self.cells[regime, mode])
+
+    def from_best(self, regime: str, mode: str) -> Difference | None:
+        """A mode against the best `non_shared` of all regimes."""
+        return None if self.best is None else self.difference(self.best, self.cells[regime, mode])

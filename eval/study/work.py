@@ -1,0 +1,106 @@
+"""A study's parts made, by one process or by several side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+
+import torch
+from tqdm import tqdm
+
+from lragent.errors import LRAgentError, UserError
+from lragent.eval.answers import read_answers
+from lragent.eval.study.folder import StudyFolder
+from lragent.eval.study.parts import Part, Shift, parts_of
+from lragent.eval.study.plan import StudyPlan
+
+WAIT_S = 0.5
+"""Between two looks whether others have made what a part needs."""
+
+
+def run_study(
+    plan: StudyPlan, path: Path, *, processes: int, deadline: float, tell: Callable[[str], None], quiet: bool = False
+) -> bool:
+    """Make every part that `path` lacks, until `deadline` (of `time.monotonic`); returns whether all are there.
+
+    Raises UserError where plan or folder cannot be used, and where a process has failed; what is made stays made.
+    """
+    folder = StudyFolder(path, plan)
+    folder.begin()
+    with tqdm(desc="answers", total=_wanted(plan), initial=_had(folder), unit="q", disable=quiet or None) as bar:
+        if processes == 1:
+            _work(folder, Shift(deadline, tell, bar.update))
+        else:
+            _side_by_side(folder, processes, deadline, tell, bar)
+    return all(part.done() for part in parts_of(folder))
+
+
+def _wanted(plan: StudyPlan) -> int:
+    return len(plan.seeds) * len(plan.modes) * sum(map(plan.asked, plan.regimes))
+
+
+def _had(folder: StudyFolder) -> int:
+    plan = folder.plan
+    paths = [folder.answers(s, regime, mode) for s in plan.seeds for regime in plan.regimes for mode in plan.modes]
+    return sum(len(read_answers(path)) for path in paths if path.is_file())
+
+
+def _work(folder: StudyFolder, shift: Shift) -> None:
+    """Make one part after the other that no other process works on."""
+    left = parts_of(folder)
+    while (left := [part for part in left if not part.done()]) and time.monotonic() < shift.deadline:
+        if not any(_made(part, folder, shift) for part in left if part.ready()):
+            time.sleep(WAIT_S)  # what is left is others' work, or waits for it
+
+
+def _made(part: Part, folder: StudyFolder, shift: Shift) -> bool:
+    with folder.claim(part.name) as claimed:
+        if not claimed or part.done():
+            return False
+        part.make(shift)
+        return True
+
+
+def _side_by_side(
+    folder: StudyFolder, processes: int, deadline: float, tell: Callable[[str], None], bar: tqdm[None]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    said: Queue[str | None] = context.Queue()
+    seconds = deadline - time.monotonic()
+    workers = [
+        context.Process(target=_process, args=(folder.plan, folder.path, seconds, processes, said))
+        for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        while any(worker.is_alive() for worker in workers) or not said.empty():
+            try:
+                sentence = said.get(timeout=WAIT_S)
+            except Empty:
+                continue
+            if sentence is None:
+                bar.update()
+            else:
+                tell(sentence)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise UserError("a process of the study has failed, as said above; the same command goes on with the rest.")
+
+
+def _process(plan: StudyPlan, path: Path, seconds: float, processes: int, said: Queue[str | None]) -> None:
+    """One of several processes; each has its share of the cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    shift = Shift(time.monotonic() + seconds, said.put, lambda: said.put(None))
+    try:
+        _work(StudyFolder(path, plan), shift)
+    except LRAgentError as error:
+        said.put(f"error: {error}")
+        raise SystemExit(1) from error

@@ -1,0 +1,103 @@
+"""`lragent eval run`: a team of roles examined on a test world, in sharing modes or through an endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lragent.errors import UserError
+
+ENDPOINT = "endpoint"
+"""What stands for the sharing mode where a server has chosen it."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `eval run`."""
+    parser = commands.add_parser(
+        "run",
+        help="ask a team the questions of a test world",
+        description="Plays the agent loop (plan, action, tools, reflect) over a test world that `lragent world` wrote, "
+        "with an engine in this process for each sharing mode, or with any OpenAI endpoint whose models are called "
+        "plan, action and reflect. The same command goes on where it was interrupted.",
+    )
+    flag = parser.add_argument
+    flag("--world", type=Path, required=True, metavar="FILE", help="test_world.json")
+    flag("--roles", type=Path, metavar="PACK", help="the team")
+    flag(
+        "--base-url", metavar="URL", help="instead of --roles: of an OpenAI endpoint, such as http://127.0.0.1:8000/v1"
+    )
+    flag("--api-key", default="none", metavar="KEY", help="of the endpoint")
+    flag("--modes", default="non_shared,base_lr_shared", metavar="NAMES", help="(default: non_shared,base_lr_shared)")
+    flag("--model", metavar="SPEC", help="hub id, folder or GGUF file (default: the embedded model)")
+    flag("--questions", type=int, metavar="N", help="the first N (default: all)")
+    flag("--workers", type=int, default=16, metavar="N", help="questions at once (default: 16; 1 to measure times)")
+    flag("--iterations", type=int, default=45, metavar="N", help="of one question at most (default: 45)")
+    flag("--max-tokens-in-cache", type=int, metavar="N", help="of the engine (default: what fits)")
+    flag("-o", "--output", type=Path, required=True, metavar="DIR", help="for the answers, a file for each mode")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Asks and prints the table."""
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from lragent.eval.answers import AnswerFile
+    from lragent.eval.ask import Asking, ask, served
+    from lragent.eval.comparison import show
+    from lragent.eval.openai_client import openai_endpoint
+    from lragent.eval.world.testset import load_test_set
+    from lragent.modes import SharingMode
+
+    if (args.roles is None) == (args.base_url is None):
+        raise UserError("--roles: give a pack, or --base-url for a server that runs; one of the two.")
+    modes = [ENDPOINT] if args.base_url else [name.strip() for name in args.modes.split(",")]
+    for name in modes:
+        if name not in (ENDPOINT, *SharingMode):
+            raise UserError(f"--modes: there is no {name!r}; there are {', '.join(SharingMode)}.")
+    test = load_test_set(args.world)
+    count = len(test.questions) if args.questions is None else min(args.questions, len(test.questions))
+    if count < 1:
+        raise UserError(f"--questions: must be at least 1, not {args.questions}.")
+    _begin(args)
+    asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache)
+    for mode in modes:
+        with (
+            AnswerFile(args.output / f"{mode}.jsonl") as file,
+            tqdm(desc=mode, total=count, initial=len(file.answers), unit="q", disable=None) as bar,
+        ):
+            if len(file.answers) < count:
+                speaker = (
+                    openai_endpoint(args.base_url, args.api_key)
+                    if args.base_url
+                    else served(args.model, args.roles, SharingMode(mode), asking)
+                )
+                with speaker as complete:
+                    ask(test, count, complete, file, asking, on_answer=partial(_advance, bar))
+    show({mode: args.output / f"{mode}.jsonl" for mode in modes}, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+def _advance(bar: Any, answer: object) -> None:
+    bar.update()
+
+
+def _begin(args: argparse.Namespace) -> None:
+    """The folder belongs to one team and one world."""
+    import hashlib
+
+    from lragent.atomic import write_file
+
+    team = hashlib.sha256(args.roles.read_bytes()).hexdigest() if args.roles and args.roles.is_file() else args.base_url
+    facts = {"world": hashlib.sha256(args.world.read_bytes()).hexdigest(), "team": team, "iterations": args.iterations}
+    path = args.output / "run.json"
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != facts:
+            raise UserError(f"--output: {args.output} holds answers of another team or world; name another folder.")
+    elif args.output.is_dir() and any(args.output.iterdir()):
+        raise UserError(f"--output: {args.output} holds other files; name a new folder.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(facts).encode())
