@@ -16,9 +16,9 @@ from lragent.eval.study.summary import Study
 
 def study(folder: Path, model: Path, *words: str) -> int:
     plan = [
-        "level=demo", "train=12", "test=4", "questions=3", "modes=[non_shared,base_lr_shared]", f"training.model={model}",
-        "training.dtype=float32", "training.epochs=1", "training.tokens_per_batch=1500", "asking.workers=2",
-        "asking.iterations=2", "asking.max_tokens_in_cache=4000",
+        "level=demo", "train=12", "test=4", "questions=3", "modes=[non_shared,base_lr_shared]",
+        f"training.model={model}", "training.dtype=float32", "training.epochs=1", "training.tokens_per_batch=1500",
+        "asking.workers=2", "asking.iterations=2", "asking.max_tokens_in_cache=4000",
     ]  # fmt: skip
     return main(["eval", "study", "-o", str(folder), *plan, *words])
 
