@@ -35,6 +35,12 @@ def deepspeed_config(path: Path) -> Any:
     return HfDeepSpeedConfig(str(path))
 
 
+def study_plan(path: Path) -> Any:
+    from lragent.eval.study.plan import StudyPlan
+
+    return load_config(StudyPlan, path)
+
+
 def bench_plan(path: Path) -> Any:
     from lragent.bench.trace_plan import Plan
 
@@ -47,6 +53,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "accelerate": accelerate_config,
     "deepspeed": deepspeed_config,
     "bench": bench_plan,
+    "eval": study_plan,
 }
 """Folder in configs/ to what reads its files."""
 
