@@ -111,6 +111,20 @@ def _attention_function(
 
 
 @dataclass(frozen=True)
+class LayerStates:
+    """What the T tokens of a pass leave at one layer for attention to read: what a cache would hold of them."""
+
+    key: torch.Tensor
+    """[Hkv, T, D], rotated; where `k_proj` is split the base keys, raw if the model normalises keys."""
+    value: torch.Tensor
+    """[Hkv, T, D]; where `v_proj` is split, `V_base`."""
+    low_k: torch.Tensor | None
+    """[T, r], not rotated, where `k_proj` is split."""
+    low_v: torch.Tensor | None
+    """[T, r] where `v_proj` is split."""
+
+
+@dataclass(frozen=True)
 class PackedPass:
     """A pass over whole trajectories laid end to end, without a cache: training, and the reference of serving.
 
@@ -136,10 +150,14 @@ class PackedPass:
         v_proj, k_proj = split_projection(layer, "v_proj", self.route), split_projection(layer, "k_proj", self.route)
         low_v, up_v = (v_proj.take_low()[0], v_proj.reader_up()) if v_proj else (None, None)
         if k_proj is None:
-            return self._packed(query, key, value, low_v, up_v, scale, window, softcap)
+            states = self.read(layer, LayerStates(key, value, None, low_v))
+            return self._packed(query, states.key, states.value, states.low_v, up_v, scale, window, softcap)
         assert self.rope is not None, "a split k_proj needs the rotary embedding"
         low_k, up_k, (cos, sin) = k_proj.take_low()[0], k_proj.reader_up(), self.rope
         key, norm = split_keys(layer, k_proj, key)
+        states = self.read(layer, LayerStates(key, value, low_k, low_v))
+        assert states.low_k is not None
+        key, value, low_k, low_v = states.key, states.value, states.low_k, states.low_v
         parts = []
         for start, end in self.spans:
             part = slice(start, end)
@@ -151,6 +169,10 @@ class PackedPass:
                 )
             )  # fmt: skip
         return torch.cat(parts)
+
+    def read(self, layer: nn.Module, states: LayerStates) -> LayerStates:
+        """What the queries of `layer` read, given what its tokens left: the same, unless a subclass says otherwise."""
+        return states
 
     def _packed(
         self,
