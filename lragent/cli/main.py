@@ -16,7 +16,7 @@ import lragent
 from lragent.cli.parser import Parser
 from lragent.errors import UserError
 
-COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "data", "heal", "world", "chat", "completion")
+COMMANDS = ("demo", "serve", "pack", "unpack", "inspect", "data", "heal", "eval", "world", "chat", "completion")
 
 
 def build_parser() -> Parser:
