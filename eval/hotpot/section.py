@@ -25,7 +25,7 @@ def section(records: Sequence[Record], pictures: Path) -> str:
     if not own:
         return ""
     labels = list(dict.fromkeys(record["label"] for record in own))
-    parts = ["## Real text", _introduction(own)]
+    parts = ["### Real text", _introduction(own)]
     for kind, title, cell in (
         (LOSS, "Loss per authored token on held-out trajectories, in nats (teacher-forced)", _loss),
         (STEPS, "Turns of held-out trajectories that the engine generates exactly, in percent", _steps),

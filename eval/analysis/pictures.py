@@ -1,0 +1,46 @@
+"""Cosines against layers, and divergence against steps, as pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lragent.atomic import write_file
+
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+"""By name: points (x, y)."""
+
+
+def draw(panels: Mapping[str, Curves], path: Path, *, x: str, y: str, log: bool = False) -> None:
+    """Write one PNG: `panels`, by title, side by side in rows of three. A curve has one colour in all panels.
+
+    log: a logarithmic y axis that is linear near zero, as there are exact zeros.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=log).flat
+    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, color=f"C{names.index(name) % 10}")
+        if log:
+            axes.set_yscale("symlog", linthresh=1e-3)
+            axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True, alpha=0.3)
+        axes.legend(fontsize="small")
+    for axes in list(grid):  # places that are left over: the iterator stands behind the last panel
+        axes.set_axis_off()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})  # the same bytes for the same records
+    write_file(path, content.getvalue())
