@@ -48,7 +48,8 @@ def _introduction(records: Sequence[Record]) -> str:
         "verdicts. Then the team answers held-out questions itself, with a BM25 search over what AutoAct's tools once "
         f"found.{asked} Intervals are Wilson's, 95%. The sample is small: a difference between modes whose intervals "
         "overlap much is no finding, and turns of one trajectory are not independent, so that the true intervals of "
-        "turns are somewhat wider. Answers are scored as HotpotQA does (exact match and F1 in normal form)."
+        "turns are somewhat wider. Answers are scored as HotpotQA does (exact match and F1 in normal form); won "
+        "and lost are questions that only this mode, and only `non_shared`, answered right."
     )
 
 
@@ -97,10 +98,29 @@ def _answers(labels: Sequence[str], records: Sequence[Record]) -> str:
                     f"{_mean(question['steps'] for question in asked):.1f}",
                     *(str(endings.count(ending)) for ending in Ending),
                     str(len(asked)),
+                    _NONE if mode == SharingMode.NON_SHARED else _against_non_shared(label, mode, records),
                 ]
             )
     heads = ["trained", "served", "exact match, %", "F1, %", "steps", "answered", "gave up", "context full", "asked"]
-    return _table(heads, rows)
+    return _table([*heads, "won and lost"], rows)
+
+
+def _against_non_shared(label: str, mode: str, records: Sequence[Record]) -> str:
+    """Questions that are right here only, and in `non_shared` only, of those that both were asked."""
+
+    def right(served: str) -> dict[tuple[int, str], bool]:
+        return {
+            (record["seed"], question["id"]): question["right"]
+            for record in records
+            if (record["label"], record["mode"]) == (label, served)
+            for question in record["questions"]
+        }
+
+    here, there = right(mode), right(SharingMode.NON_SHARED)
+    both = here.keys() & there.keys()
+    if not both:
+        return _NONE
+    return f"+{sum(here[key] > there[key] for key in both)} -{sum(here[key] < there[key] for key in both)}"
 
 
 def _share(right: int, total: int) -> str:

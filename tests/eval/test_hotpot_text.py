@@ -193,9 +193,26 @@ def test_the_section_puts_seeds_together_and_roles_beside_all(tmp_path: Path) ->
     assert "| mixed | plan | 70.0 (60.4 to 78.1) | - |" in lines
     assert "| mixed | all | 35.0 (28.7 to 41.8) | - |" in lines
     assert "| shared | plan | - | 10.0 (4.3 to 21.4) |" in lines
-    assert "| mixed | `non_shared` | 50.0 (15.0 to 85.0) | 75.0 | 6.5 | 2 | 2 | 0 | 4 |" in lines
+    assert "| mixed | `non_shared` | 50.0 (15.0 to 85.0) | 75.0 | 6.5 | 2 | 2 | 0 | 4 | - |" in lines
+    assert lines[-1].startswith("| shared | `full_shared` |")
+    assert lines[-1].endswith("| 1 | 1 | 0 | 2 | - |"), "nothing to be compared with"
     assert not any(line.startswith("| mixed | reflect") for line in lines)
     assert "2 seeds are put together" in text
     assert "asked 2 held-out questions" in text
     assert section(records[-1:], tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_section_compares_modes_question_by_question(tmp_path: Path) -> None:
+    def answers(seed: int, mode: str, **right: bool) -> dict[str, Any]:
+        questions = [{"id": name, "right": is_right, "f1": 0.0, "steps": 1, "ending": "accepted"}
+                     for name, is_right in right.items()]  # fmt: skip
+        return {"kind": "text-answers", "label": "x", "seed": seed, "mode": mode, "questions": questions}
+
+    records = [
+        answers(0, "non_shared", a=True, b=True, c=False, d=False),
+        answers(1, "non_shared", a=False),
+        answers(0, "full_shared", a=False, b=False, c=True, d=False, e=True),
+        answers(1, "full_shared", a=False),
+    ]
+    assert section(records, tmp_path).splitlines()[-1].endswith(" | 6 | +1 -2 |")
