@@ -26,20 +26,21 @@ def draw(panels: Mapping[str, Curves], path: Path, *, x: str, y: str, log: bool 
     figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=log).flat
+    highest = max(height for curves in panels.values() for points in curves.values() for _, height in points)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for name, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=name, color=f"C{names.index(name) % 10}")
         if log:
             axes.set_yscale("symlog", linthresh=1e-3)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 2 * max(highest, 1e-3))  # the same in all panels
         axes.set_title(title)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize="small")
-    for axes in list(grid):  # places that are left over: the iterator stands behind the last panel
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})  # the same bytes for the same records

@@ -29,7 +29,7 @@ def section(records: Sequence[Record], pictures: Path) -> str:
         parts += _similarity(alike, pictures)
     if moved := [record for record in records if record["kind"] == "divergence"]:
         parts += _divergence(moved, pictures)
-    return "\n\n".join(parts) + "\n" if parts else ""
+    return "\n\n".join(filter(None, parts)) + "\n" if parts else ""
 
 
 # -- caches --------------------------------------------------------------------------------------------------------
@@ -98,10 +98,7 @@ def _divergence(records: Sequence[Record], pictures: Path) -> list[str]:
         cells = [_of(by_role, label=label, mode=mode, role=role) for role in roles]
         return [_with_interval(some) if some else "-" for some in cells]
 
-    panels = {
-        label: {mode: points for mode in modes if (points := _by_step(_of(records, label=label, mode=mode)))}
-        for label in labels
-    }
+    panels = {label: {mode: _by_step(_of(records, label=label, mode=mode)) for mode in modes} for label in labels}
     return [
         "### What sharing does to the next token",
         "KL divergence of the next token's distribution from that of `non_shared`, in nats, over every token that a "
@@ -155,7 +152,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _picture(panels: Mapping[str, Curves], path: Path, words: str, **axes: Any) -> str:
-    """Draws it, and gives the link."""
+    """Draws what has points, and gives the link; "" where nothing has: a team of one has no pairs."""
     kept = {title: {name: points for name, points in curves.items() if points} for title, curves in panels.items()}
+    kept = {title: curves for title, curves in kept.items() if curves}
+    if not kept:
+        return ""
     draw(kept, path, **axes)
     return f"![{words}]({path.parent.name}/{path.name})"

@@ -78,3 +78,9 @@ def test_one_trajectory_has_no_interval_and_one_kind_is_enough(tmp_path: Path) -
     assert rows(text, "mixed")[0][2] == "1"
     assert "caches" not in text
     assert section([], tmp_path) == ""
+
+
+def test_a_team_of_one_has_no_pairs(tmp_path: Path) -> None:
+    text = section([record for record in records("solo") if record.get("pair") != ["plan", "action"]], tmp_path)
+    assert rows(text, "solo")[:2] == [["solo", "-"], ["solo", "0.500 (0.500)"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["divergence.png", "similarity-shared.png"]

@@ -55,14 +55,16 @@ def expected(model: Any, adapters: AdapterSet, one: Example, mode: str) -> torch
     return torch.log_softmax(logits[one.targets != -100], dim=-1)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("mode", list(SharingMode))
-def test_every_mode_is_what_the_reference_says(mode: SharingMode, targets: tuple[str, ...]) -> None:
+def test_every_mode_is_what_the_reference_says(mode: SharingMode, targets: tuple[str, ...], device: str) -> None:
     adapters = make_adapter_set(tiny_model(), ROLES, targets=targets)
-    got = list(forced(adapters).logprobs(TEAM, mode))
+    got = list(Forced(tiny_model().to(device), adapters).logprobs(TEAM, mode))
     assert len(got) == len(TEAM)
     for one, logprobs in zip(TEAM, got, strict=True):
-        torch.testing.assert_close(logprobs, expected(tiny_model(), adapters, one, mode), **EXACT)
+        assert logprobs.device.type == device
+        torch.testing.assert_close(logprobs.cpu(), expected(tiny_model(), adapters, one, mode), **EXACT)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
