@@ -4,18 +4,19 @@ Whoever generates text is behind `Complete`, so the same loop drives an OpenAI e
 transformers, or the oracle.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from lragent.errors import LRAgentError
 from lragent.eval.world.form import Form
-from lragent.eval.world.tools import FINISH, TOOLS, Desk
 
 PLAN, ACTION, REFLECT = "plan", "action", "reflect"
 ROLES = (PLAN, ACTION, REFLECT)
 RIGHT, WRONG = "right", "wrong"
+FINISH = "Finish"
+"""The tool that every desk has and none answers: its argument is the team's answer, which reflect judges."""
 
 Message = dict[str, str]
 """An OpenAI message; assistant messages carry the role's name in `name`."""
@@ -47,6 +48,19 @@ class Complete(Protocol):
     """Generates the next turn of `role` after `messages`, which it does not change. Raises `OutOfContextError`."""
 
     def __call__(self, role: str, messages: list[Message], max_tokens: int) -> Reply: ...
+
+
+class Desk(Protocol):
+    """The tools of one trajectory; it may remember what was found last."""
+
+    @property
+    def tools(self) -> Sequence[str]:
+        """Their names as plan says them, `FINISH` among them."""
+        ...
+
+    def call(self, tool: str, argument: str) -> str:
+        """What the tool says. Never raises on what a model wrote: it says what is wrong."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,29 +127,32 @@ class Episode:
             self.ending = Ending.CONTEXT
 
     def _iterate(self) -> Iterator[Step]:
-        yield from self._speak(PLAN, self._turns)
-        tool = tool_named_in(self.steps[-1].text)
+        yield from self._speak(PLAN, self._turns, self._desk.tools)
+        tool = tool_named_in(self.steps[-1].text, self._desk.tools)
         if tool is None:
-            yield self._tool_says(f"Name a tool: {', '.join(TOOLS)}.")
+            yield self._tool_says(f"Name a tool: {', '.join(self._desk.tools)}.")
             return
-        yield from self._speak(ACTION, 1)
+        yield from self._speak(ACTION, 1, ())
         argument = self.steps[-1].text.strip()
         if tool != FINISH or not argument:
             yield self._tool_says(self._desk.call(tool, argument))
             return
-        yield from self._speak(REFLECT, self._turns)
+        yield from self._speak(REFLECT, self._turns, (RIGHT, WRONG))
         verdict = verdict_in(self.steps[-1].text)
         if verdict == RIGHT:
             self.answer, self.ending = argument, Ending.ACCEPTED
         elif verdict is None:
             yield self._tool_says(f"Say {RIGHT} or {WRONG}.")
 
-    def _speak(self, role: str, turns: int) -> Iterator[Step]:
+    def _speak(self, role: str, turns: int, ends: Sequence[str]) -> Iterator[Step]:
+        """At most `turns` turns; one that is nothing but a word of `ends` is the last, whatever was not said before."""
         for _ in range(turns):
             reply = self._complete(role, self.messages, self._limits.max_tokens[role])
             self.messages.append({"role": "assistant", "name": role, "content": reply.text})
             self.steps.append(Step(role, reply.text, reply))
             yield self.steps[-1]
+            if reply.text.strip() in ends:
+                return
 
     def _tool_says(self, text: str) -> Step:
         self.messages.append({"role": "tool", "content": text})
@@ -143,10 +160,10 @@ class Episode:
         return self.steps[-1]
 
 
-def tool_named_in(text: str) -> str | None:
-    """The tool that plan chose: its last word, in any case and with punctuation around it; None if it is no tool."""
+def tool_named_in(text: str, tools: Sequence[str]) -> str | None:
+    """Which of `tools` plan chose: its last word, in any case and with punctuation around it; None if it is none."""
     word = _last_word(text)
-    return next((tool for tool in TOOLS if tool.lower() == word), None)
+    return next((tool for tool in tools if tool.lower() == word), None)
 
 
 def verdict_in(text: str) -> str | None:

@@ -18,7 +18,7 @@ from lragent.eval.examine import examine
 from lragent.eval.world.questions import Question
 from lragent.eval.world.testset import TestSet
 from lragent.modes import PrefixWriter, SharingMode
-from lragent.serve.engine.build import build_service
+from lragent.serve import Engine
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,22 @@ class Asking:
 def served(model: str | None, pack: Path | None, mode: SharingMode, asking: Asking) -> Iterator[Complete]:
     """An engine in this process for the length of a block. Where one role writes each token, the base writes what comes
     before the first turn, whatever the pack was trained for: so all packs are asked alike."""
-    service = build_service(
-        model=model,
-        roles=None if pack is None else str(pack),
+    engine = Engine(
+        model,
+        pack,
         sharing=mode,
         prefix_writer=PrefixWriter.BASE if mode.one_writer_per_token else None,
         max_num_seqs=asking.workers,
         max_tokens_in_cache=asking.max_tokens_in_cache,
     )
-    service.start()
+    # Whoever keeps what the block was given must not keep the engine's memory.
+    speakers = [engine_complete(engine)]
     try:
-        yield engine_complete(service)
+        with engine:
+            yield lambda role, messages, max_tokens: speakers[0](role, messages, max_tokens)
     finally:
-        service.stop(drain=False)
-        del service
+        speakers.clear()
+        del engine
         free_memory()
 
 

@@ -246,7 +246,7 @@ def _ask(
     deadline: float,
     at_least: int,
     console: Console,
-) -> Examination:
+) -> Examination[Question]:
     def tell(question: Question, episode: Episode) -> None:
         right = is_right(question, episode.answer)
         mark = "[green]right[/]" if right else "[red]wrong[/]"

@@ -1,34 +1,29 @@
 """An engine in this process as a `Complete`: no HTTP between the agent and the cache."""
 
-import itertools
 import time
 
 from lragent.eval.agent import Complete, Message, OutOfContextError, Reply
-from lragent.serve.engine.service import EngineService
-from lragent.serve.engine.types import Chunk, ContextFullError, GenerationRequest, SamplingParams
+from lragent.serve import Engine
+from lragent.serve.engine.types import Chunk, ContextFullError
 
 
-def engine_complete(service: EngineService, *, salt: str = "") -> Complete:
+def engine_complete(engine: Engine, *, salt: str = "") -> Complete:
     """Generates greedily; safe to call from several threads, whose turns the engine then batches."""
-    numbers = itertools.count()
 
     def complete(role: str, messages: list[Message], max_tokens: int) -> Reply:
-        prompt = service.chat.prepare(messages, role, salt)
-        name = f"{salt}/{id(numbers)}/{next(numbers)}"
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        first: list[float] = []
+        start = time.perf_counter()
+        pieces: list[float] = []  # one thread is woken once for its turn, however many tokens that has
 
         def see(chunk: Chunk) -> None:
-            if not first:
-                first.append(time.perf_counter())
+            if not pieces:
+                pieces.append(time.perf_counter() - start)
 
-        start = time.perf_counter()
         try:
-            answer = service.generate(GenerationRequest(name, role, prompt, params, salt), watch=see)
+            answer = engine.generate(role, messages, salt=salt, watch=see, max_tokens=max_tokens, temperature=0.0)
         except ContextFullError as error:
             raise OutOfContextError(str(error)) from error
         usage = answer.usage
-        assert usage is not None
+        assert usage is not None  # of a whole answer it is there
         return Reply(
             answer.text,
             prompt_tokens=usage.prompt_tokens,
@@ -36,7 +31,7 @@ def engine_complete(service: EngineService, *, salt: str = "") -> Complete:
             tokens_computed=usage.tokens_computed,
             tokens_reused=usage.base_reused,
             lr_reused=usage.lr_reused,
-            ttft_s=first[0] - start,
+            ttft_s=pieces[0],
             total_s=time.perf_counter() - start,
         )
 

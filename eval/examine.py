@@ -7,12 +7,37 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from lragent.eval.agent import Complete, Episode, Limits, Message, Reply
+from lragent.eval.agent import Complete, Desk, Episode, Limits, Message, Reply
+from lragent.eval.world.form import Form
 from lragent.eval.world.questions import Question
 from lragent.eval.world.score import Score, score
-from lragent.eval.world.testset import TestSet
-from lragent.eval.world.tools import Desk
+
+
+class Asked(Protocol):
+    """A question."""
+
+    @property
+    def text(self) -> str:
+        """What the team is told."""
+        ...
+
+
+class Examinable(Protocol):
+    """What questions are asked in: everything but the agent."""
+
+    @property
+    def form(self) -> Form:
+        """Of the trajectories."""
+        ...
+
+    def desks(self) -> Callable[[], Desk]:
+        """What makes a desk for each trajectory, from any thread."""
+        ...
+
+
+Q = TypeVar("Q", bound=Asked)
 
 
 class _StoppedError(Exception):
@@ -20,35 +45,35 @@ class _StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Examination:
+class Examination(Generic[Q]):
     """The questions that were asked, in order, and how each trajectory went."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[Q, ...]
     episodes: tuple[Episode, ...]
 
     @property
-    def score(self) -> Score:
-        """How many were right."""
+    def score(self: Examination[Question]) -> Score:
+        """How many were right, of questions of the multi-hop world."""
         return score(self.questions, self.episodes)
 
 
 def examine(
-    test: TestSet,
-    questions: Sequence[Question],
+    test: Examinable,
+    questions: Sequence[Q],
     complete: Complete,
     limits: Limits,
     *,
     workers: int,
     at_least: int = 0,
     deadline: float = float("inf"),
-    on_end: Callable[[Question, Episode], None] | None = None,
-) -> Examination:
+    on_end: Callable[[Q, Episode], None] | None = None,
+) -> Examination[Q]:
     """Ask `questions` in order, `workers` at a time; after `deadline` (of `time.monotonic`) none is begun any more
     once `at_least` have been. `complete` is called from several threads. `on_end` is called after each, one at a time.
 
     What is raised in a worker, or Ctrl-C, ends the others at their next turn, and is raised here.
     """
-    library = test.library()
+    desk = test.desks()
     begun = iter(range(len(questions)))
     ended: dict[int, Episode] = {}
     lock = threading.Lock()
@@ -66,7 +91,7 @@ def examine(
                     number = next(begun, None)
                 if number is None or (number >= at_least and time.monotonic() > deadline):
                     return
-                episode = Episode(questions[number].text, Desk(library), speak, test.form, limits).run()
+                episode = Episode(questions[number].text, desk(), speak, test.form, limits).run()
                 with lock:
                     ended[number] = episode
                     if on_end is not None:

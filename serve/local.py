@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -85,12 +85,21 @@ class Engine:
         """What may be asked: `base`, and the roles."""
         return (BASE, *(card.name for card in self._service.roles[1:]))
 
-    def generate(self, role: str, prompt: Asked, *, salt: str = "", **sampling: Any) -> Chunk:
-        """The whole answer. sampling: fields of SamplingParams, such as `max_tokens=64, temperature=0.0`.
+    def generate(
+        self,
+        role: str,
+        prompt: Asked,
+        *,
+        salt: str = "",
+        watch: Callable[[Chunk], None] | None = None,
+        **sampling: Any,
+    ) -> Chunk:
+        """The whole answer. sampling: fields of SamplingParams, such as `max_tokens=64, temperature=0.0`. watch: is
+        told each piece, by the engine's thread, which it must not keep waiting.
 
         Raises UserError for what cannot be served, QueueFullError, EngineDeadError.
         """
-        return self._service.generate(self._request(role, prompt, salt, sampling))
+        return self._service.generate(self._request(role, prompt, salt, sampling), watch)
 
     def generate_many(self, asked: Iterable[tuple[str, Asked]], *, salt: str = "", **sampling: Any) -> list[Chunk]:
         """The answers to many (role, prompt), in order, worked on side by side. Raises as `generate`.

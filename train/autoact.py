@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,15 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """One numbered step of a row; what is missing is empty."""
+
     thought: str
     tool: str | None
+    """One of `TOOLS`; None where the action is not Tool[argument] with one of them."""
     argument: str
     observation: str
+    """What the environment said, be it a page, an error, or whether the answer is right."""
 
 
 def read_autoact(path: Path) -> list[Any]:
@@ -65,7 +69,9 @@ def read_autoact(path: Path) -> list[Any]:
     return list(rows)
 
 
-def convert(rows: list[Any], *, only_correct: bool, split_turns: bool, counts: Converted) -> Iterator[dict[str, Any]]:
+def convert(
+    rows: Sequence[Any], *, only_correct: bool, split_turns: bool, counts: Converted
+) -> Iterator[dict[str, Any]]:
     """Yield a training row for each of `rows` that makes one, and add to `counts`.
 
     only_correct: keep rows whose answer the environment found right. split_turns: thought and tool name, and reason and
@@ -77,7 +83,7 @@ def convert(rows: list[Any], *, only_correct: bool, split_turns: bool, counts: C
         messages: list[dict[str, str]] = []
         if reason is None:
             cut: Counter[str] = Counter()
-            steps = _steps(row["prompt"])
+            steps = steps_in(row["prompt"])
             messages = _messages(row["question"], steps, split_turns, cut)
             if not any(message.get("name") == "reflect" for message in messages):
                 reason = "no answer that is judged"
@@ -102,12 +108,13 @@ def _reason_against(row: Any, only_correct: bool) -> str | None:
     return None
 
 
-def _steps(prompt: str) -> list[_Step]:
+def steps_in(prompt: str) -> list[Step]:
     """The numbered parts of a prompt, put together by their numbers."""
     found: dict[int, dict[str, str]] = {}
     marks = list(_PART.finditer(prompt))
-    for mark, after in zip(marks, [*marks[1:], None], strict=True):
-        text = prompt[mark.end() : after.start() if after is not None else len(prompt)].strip()
+    ends = [*(mark.start() for mark in marks[1:]), len(prompt)]
+    for mark, end in zip(marks, ends, strict=False):  # where there is no mark, the one end is of nothing
+        text = prompt[mark.end() : end].strip()
         found.setdefault(int(mark[2]), {}).setdefault(mark[1], text)
     steps = []
     for number in sorted(found):
@@ -115,7 +122,7 @@ def _steps(prompt: str) -> list[_Step]:
         action = _ACTION.fullmatch(parts.get("Action", ""))
         tool = action["tool"].replace(" ", "") if action is not None else None
         steps.append(
-            _Step(
+            Step(
                 parts.get("Thought", ""),
                 next((name for name in TOOLS if tool is not None and name.lower() == tool.lower()), None),
                 action["argument"].strip() if action is not None else "",
@@ -125,7 +132,7 @@ def _steps(prompt: str) -> list[_Step]:
     return steps
 
 
-def _messages(question: str, steps: list[_Step], split_turns: bool, cut: Counter[str]) -> list[dict[str, str]]:
+def _messages(question: str, steps: list[Step], split_turns: bool, cut: Counter[str]) -> list[dict[str, str]]:
     """Up to the last verdict. A step whose action is none had no effect, and is cut out with the answer to it."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     ended, finished = len(messages), False

@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from lragent.errors import LRAgentError
-from lragent.eval.agent import ACTION, PLAN, REFLECT, RIGHT, WRONG, Message, Reply
+from lragent.eval.agent import ACTION, FINISH, PLAN, REFLECT, RIGHT, WRONG, Message, Reply
 from lragent.eval.world.form import Form
 from lragent.eval.world.pages import World
 from lragent.eval.world.questions import OPEN_HOPS, Path, Question
-from lragent.eval.world.tools import FINISH, LOOKUP, SEARCH
+from lragent.eval.world.tools import LOOKUP, SEARCH
 
 
 @dataclass(frozen=True)

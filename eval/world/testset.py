@@ -1,8 +1,9 @@
 """The test world as a file: its pages, its questions and the form of its trajectories."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -11,7 +12,7 @@ from lragent.errors import UserError
 from lragent.eval.world.form import Form
 from lragent.eval.world.pages import Fact, Page, World
 from lragent.eval.world.questions import Path, Question
-from lragent.eval.world.tools import Library
+from lragent.eval.world.tools import Desk, Library
 
 FORMAT, VERSION = "lragent-test-world", 1
 
@@ -32,6 +33,10 @@ class TestSet:
     def library(self) -> Library:
         """The world's pages behind the tools."""
         return Library(self.world, self.excerpt)
+
+    def desks(self) -> Callable[[], Desk]:
+        """What makes a desk for each trajectory, all over one library."""
+        return functools.partial(Desk, self.library())
 
 
 def dump_test_set(test_set: TestSet) -> str:

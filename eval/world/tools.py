@@ -2,12 +2,13 @@
 
 import re
 
-import bm25s
 import numpy as np
 
+from lragent.eval.agent import FINISH
+from lragent.eval.bm25 import Index
 from lragent.eval.world.pages import Page, World
 
-SEARCH, LOOKUP, FINISH = "Search", "Lookup", "Finish"
+SEARCH, LOOKUP = "Search", "Lookup"
 TOOLS = (SEARCH, LOOKUP, FINISH)
 
 _TITLE_WEIGHT = 3.0
@@ -21,18 +22,20 @@ class Library:
         """`excerpt`: how many sentences Search shows of a page."""
         self.excerpt = excerpt
         self._pages = list(world.pages.values())
-        self._titles = _index([page.title for page in self._pages])
-        self._texts = _index([page.text for page in self._pages])
+        self._titles = Index([page.title for page in self._pages])
+        self._texts = Index([page.text for page in self._pages])
 
     def best(self, query: str) -> Page | None:
         """The page with the highest BM25 score, the earlier one in a tie; None when no word of the query is known."""
-        scores = _TITLE_WEIGHT * _scores(self._titles, query) + _scores(self._texts, query)
+        scores = _TITLE_WEIGHT * self._titles.scores(query) + self._texts.scores(query)
         best = int(np.argmax(scores))
         return self._pages[best] if scores[best] > 0 else None
 
 
 class Desk:
     """The tools as one trajectory uses them: remembers the page found last and how far Lookup has read."""
+
+    tools = TOOLS
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -68,19 +71,3 @@ class Desk:
                 return self._page.sentences[i]
         self._next = len(self._page.sentences)
         return "No more results."
-
-
-def _index(texts: list[str]) -> bm25s.BM25:
-    index = bm25s.BM25()
-    index.index([_words(text) for text in texts], show_progress=False)
-    return index
-
-
-def _scores(index: bm25s.BM25, query: str) -> np.ndarray:
-    """One BM25 score per page, float32; zeros where no word of `query` is in the index."""
-    known = [word for word in _words(query) if word in index.vocab_dict]
-    return index.get_scores(known) if known else np.zeros(index.scores["num_docs"], np.float32)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())

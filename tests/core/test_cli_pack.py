@@ -164,7 +164,9 @@ def test_ctrl_c_exits_with_130(monkeypatch):
 
 
 def test_every_command_file_is_listed():
-    files = {path.stem: path.read_text() for path in Path(cli.__file__).parent.glob("*.py")}
+    folder = Path(cli.__file__).parent
+    files = {path.stem: path.read_text() for path in folder.glob("*.py")}
+    files |= {path.parent.name: path.read_text() for path in folder.glob("*/__init__.py")}
     assert {name for name, text in files.items() if "\ndef add_parser(" in text} == set(cli.COMMANDS)
 
 

@@ -236,7 +236,7 @@ def test_the_oracle_notices_a_turn_out_of_order() -> None:
     [("Need x. Search", "Search"), ("lookup.", "Lookup"), ("[Finish]", "Finish"), ("Search for x", None), ("", None)],
 )
 def test_the_tool_is_the_last_word(text: str, tool: str | None) -> None:
-    assert tool_named_in(text) == tool
+    assert tool_named_in(text, ("Search", "Lookup", "Finish")) == tool
 
 
 @pytest.mark.parametrize(
@@ -244,3 +244,23 @@ def test_the_tool_is_the_last_word(text: str, tool: str | None) -> None:
 )
 def test_the_verdict_is_the_last_word(text: str, verdict: str | None) -> None:
     assert verdict_in(text) == verdict
+
+
+def test_a_turn_that_is_only_the_word_asked_for_needs_no_other() -> None:
+    split = dataclasses.replace(FORM, split_turns=True)
+    turns = [("plan", "Finish"), ("action", "Lexzan"), ("reflect", "right")]
+    episode = Episode("?", desk(), scripted(turns), split).run()
+    assert [step.text for step in episode.steps] == ["Finish", "Lexzan", "right"]
+    assert episode.answer == "Lexzan"
+
+
+def test_the_tools_are_those_of_the_desk() -> None:
+    class Phone:
+        tools = ("Call", "Finish")
+
+        def call(self, tool: str, argument: str) -> str:
+            return f"{tool} {argument}: engaged."
+
+    turns = [("plan", "Search"), ("plan", "Call"), ("action", "mum")]
+    steps = Episode("?", Phone(), scripted(turns), FORM, Limits(iterations=2)).run().steps
+    assert [step.text for step in steps if step.role == "tool"] == ["Name a tool: Call, Finish.", "Call mum: engaged."]

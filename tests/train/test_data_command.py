@@ -171,3 +171,8 @@ def test_files_of_another_kind_are_refused(content: str, tmp_path: Path, capsys:
     assert main(["data", "convert", str(tmp_path / "a.json"), "-o", str(tmp_path / "o.jsonl")]) == 2
     assert str(tmp_path / "a.json") in capsys.readouterr().err
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_row_without_a_step_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(converted(tmp_path, [autoact(), autoact(prompt="Question: nobody said anything")])) == 1
+    assert "1 rows dropped: no answer that is judged" in capsys.readouterr().out
