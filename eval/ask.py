@@ -31,10 +31,13 @@ class Asking:
     """Of one question, at most; one is a decision of plan and what follows from it."""
     max_tokens_in_cache: int | None = None
     """Of an engine in this process; None = what fits the memory that is free."""
+    max_num_batched_tokens: int | None = None
+    """Of one step of such an engine; None = what suits the device. A small model on a GPU is fastest with 1024, which
+    every step's CUDA graph holds."""
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
-        for name in ("workers", "iterations", "max_tokens_in_cache"):
+        for name in ("workers", "iterations", "max_tokens_in_cache", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: must be at least 1, not {value}.")
@@ -51,6 +54,7 @@ def served(model: str | None, pack: Path | None, mode: SharingMode, asking: Aski
         prefix_writer=PrefixWriter.BASE if mode.one_writer_per_token else None,
         max_num_seqs=asking.workers,
         max_tokens_in_cache=asking.max_tokens_in_cache,
+        max_num_batched_tokens=asking.max_num_batched_tokens,
     )
     # Whoever keeps what the block was given must not keep the engine's memory.
     speakers = [engine_complete(engine)]
@@ -78,7 +82,7 @@ def ask(
     asking: Asking,
     *,
     deadline: float = float("inf"),
-    on_answer: Callable[[Answer], None] = lambda answer: None,
+    on_answer: Callable[[Answer, Episode], None] = lambda answer, episode: None,
 ) -> None:
     """Ask those of the first `count` questions that `file` does not hold, and write each down as it is answered. After
     `deadline` (of `time.monotonic`) none is begun. Raises what `complete` raises."""
@@ -86,7 +90,7 @@ def ask(
     def ended(question: Question, episode: Episode) -> None:
         answer = Answer.of(question, episode)
         file.add(answer)
-        on_answer(answer)
+        on_answer(answer, episode)
 
     missing = [question for question in test.questions[:count] if question.id not in file.answers]
     examine(

@@ -66,6 +66,8 @@ class TextSettings:
     modes: tuple[SharingMode, ...] = tuple(SharingMode)
     questions: int | None = None
     """Held-out questions that are asked; None = all."""
+    max_tokens_in_cache: int | None = None
+    """Of the engine; None = what fits the memory that is free."""
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
@@ -104,7 +106,9 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
             {"kind": LOSS, **cell, "role": role, "loss": found["loss"], "tokens": found["tokens"]}
             for role, found in losses[mode].items()
         ]
-        with Engine(settings.model, settings.roles, sharing=mode) as engine:
+        with Engine(
+            settings.model, settings.roles, sharing=mode, max_tokens_in_cache=settings.max_tokens_in_cache
+        ) as engine:
             tell(f"{settings.label}, seed {settings.seed}, {mode}: next steps …")
             found = next_steps(engine, held_out.trajectories, max_tokens=LONGEST_TURN)
             made += [

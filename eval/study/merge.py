@@ -42,11 +42,11 @@ def records_of(folders: Iterable[Path]) -> list[Record]:
             for regime in plan.regimes:
                 if folder.facts(seed, regime).is_file():
                     _add(trainings, (seed, regime), json.loads(folder.facts(seed, regime).read_text()), path)
-                for mode in plan.modes:
-                    file = folder.answers(seed, regime, mode)
-                    cell = answers.setdefault((seed, regime, mode.value), {})
-                    for name, answer in read_answers(file).items() if file.is_file() else ():
-                        _add(cell, name, answer, file)
+            for regime, mode in plan.cells():
+                file = folder.answers(seed, regime, mode)
+                cell = answers.setdefault((seed, regime, mode.value), {})
+                for name, answer in read_answers(file).items() if file.is_file() else ():
+                    _add(cell, name, answer, file)
     records: list[Record] = [
         {"kind": "training", "level": level, "seed": seed, "regime": regime, **facts}
         for (seed, regime), facts in sorted(trainings.items())

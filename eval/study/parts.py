@@ -127,7 +127,7 @@ class AnswersPart:
         ):
             ask(
                 test, plan.asked(self.regime), complete, file, plan.asking, deadline=shift.deadline,
-                on_answer=lambda answer: shift.answered(),
+                on_answer=lambda answer, episode: shift.answered(),
             )  # fmt: skip
             right = sum(answer.right for answer in file.answers.values())
             shift.tell(f"{self.name}: {right} of {len(file.answers)} right")
@@ -141,5 +141,5 @@ def parts_of(folder: StudyFolder) -> list[Part]:
         parts.append(WorldPart(folder, seed))
         trained = {"apart"} if "healed" in plan.regimes else set()
         parts += [PackPart(folder, seed, regime) for regime in sorted({*plan.regimes, *trained})]
-        parts += [AnswersPart(folder, seed, regime, mode) for regime in plan.regimes for mode in plan.modes]
+        parts += [AnswersPart(folder, seed, regime, mode) for regime, mode in plan.cells()]
     return parts

@@ -27,6 +27,8 @@ class StudyPlan:
     """Each has a world, and trainings, of its own."""
     regimes: tuple[str, ...] = tuple(REGIMES)
     modes: tuple[SharingMode, ...] = tuple(SharingMode)
+    modes_of: Mapping[str, tuple[SharingMode, ...]] = field(default_factory=dict)
+    """Regimes that are asked in other modes than `modes`: `healed: [base_lr_shared]`."""
     questions: int = 1_000
     """Of each regime in each mode; the same ones in all."""
     more_questions: Mapping[str, int] = field(default_factory=dict)
@@ -36,7 +38,7 @@ class StudyPlan:
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
-        for name in (*self.regimes, *self.more_questions):
+        for name in (*self.regimes, *self.more_questions, *self.modes_of):
             if name not in REGIMES:
                 raise UserError(f"regimes: there is no {name!r}; there are {', '.join(REGIMES)}.")
         for name in ("seeds", "regimes", "modes"):
@@ -46,6 +48,10 @@ class StudyPlan:
         for field_name, count in (("questions", self.questions), *self.more_questions.items()):
             if not 1 <= count <= most:
                 raise UserError(f"{field_name}: must be from 1 to the test world's {most} (`test`), not {count}.")
+
+    def cells(self) -> list[tuple[str, SharingMode]]:
+        """Each regime with each mode that it is asked in."""
+        return [(regime, mode) for regime in self.regimes for mode in self.modes_of.get(regime, self.modes)]
 
     def asked(self, regime: str) -> int:
         """Questions that `regime` is asked in each mode."""

@@ -18,6 +18,8 @@ from lragent.eval.study.folder import StudyFolder
 from lragent.eval.study.parts import Part, Shift, parts_of
 from lragent.eval.study.plan import StudyPlan
 
+GPU_SHARE = 0.96
+"""Of the GPU's memory for what torch allocates in all processes together; the rest is for their contexts."""
 WAIT_S = 0.5
 """Between two looks whether others have made what a part needs."""
 
@@ -40,12 +42,12 @@ def run_study(
 
 
 def _wanted(plan: StudyPlan) -> int:
-    return len(plan.seeds) * len(plan.modes) * sum(map(plan.asked, plan.regimes))
+    return len(plan.seeds) * sum(plan.asked(regime) for regime, _ in plan.cells())
 
 
 def _had(folder: StudyFolder) -> int:
     plan = folder.plan
-    paths = [folder.answers(s, regime, mode) for s in plan.seeds for regime in plan.regimes for mode in plan.modes]
+    paths = [folder.answers(seed, regime, mode) for seed in plan.seeds for regime, mode in plan.cells()]
     return sum(len(read_answers(path)) for path in paths if path.is_file())
 
 
@@ -96,8 +98,11 @@ def _side_by_side(
 
 
 def _process(plan: StudyPlan, path: Path, seconds: float, processes: int, said: Queue[str | None]) -> None:
-    """One of several processes; each has its share of the cores."""
+    """One of several processes; each has its share of the cores, and of the GPU's memory: torch gives back what it only
+    keeps at hand before it asks for more than that."""
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(GPU_SHARE / processes)
     shift = Shift(time.monotonic() + seconds, said.put, lambda: said.put(None))
     try:
         _work(StudyFolder(path, plan), shift)

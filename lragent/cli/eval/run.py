@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lragent.errors import UserError
+
+if TYPE_CHECKING:
+    from lragent.eval.agent import Episode
 
 ENDPOINT = "endpoint"
 """What stands for the sharing mode where a server has chosen it."""
@@ -36,6 +40,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     flag("--workers", type=int, default=16, metavar="N", help="questions at once (default: 16; 1 to measure times)")
     flag("--iterations", type=int, default=45, metavar="N", help="of one question at most (default: 45)")
     flag("--max-tokens-in-cache", type=int, metavar="N", help="of the engine (default: what fits)")
+    flag("--max-num-batched-tokens", type=int, metavar="N", help="of one of its steps (default: what suits it)")
+    flag("--trajectories", action="store_true", help="keep the messages as well, as MODE.trajectories.jsonl")
     flag("-o", "--output", type=Path, required=True, metavar="DIR", help="for the answers, a file for each mode")
     parser.set_defaults(run=run)
 
@@ -63,10 +69,13 @@ def run(args: argparse.Namespace) -> int:
     if count < 1:
         raise UserError(f"--questions: must be at least 1, not {args.questions}.")
     _begin(args)
-    asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache)
+    asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache, args.max_num_batched_tokens)
     for mode in modes:
         with (
             AnswerFile(args.output / f"{mode}.jsonl") as file,
+            (args.output / f"{mode}.trajectories.jsonl").open("a")
+            if args.trajectories
+            else nullcontext() as trajectories,
             tqdm(desc=mode, total=count, initial=len(file.answers), unit="q", disable=None) as bar,
         ):
             if len(file.answers) < count:
@@ -76,13 +85,16 @@ def run(args: argparse.Namespace) -> int:
                     else served(args.model, args.roles, SharingMode(mode), asking)
                 )
                 with speaker as complete:
-                    ask(test, count, complete, file, asking, on_answer=partial(_advance, bar))
+                    ask(test, count, complete, file, asking, on_answer=partial(_ended, bar, trajectories))
     show({mode: args.output / f"{mode}.jsonl" for mode in modes}, Console(highlight=False, soft_wrap=True))
     return 0
 
 
-def _advance(bar: Any, answer: object) -> None:
+def _ended(bar: Any, trajectories: IO[str] | None, answer: object, episode: Episode) -> None:
     bar.update()
+    if trajectories is not None:
+        trajectories.write(json.dumps({"messages": episode.messages}, ensure_ascii=False) + "\n")
+        trajectories.flush()
 
 
 def _begin(args: argparse.Namespace) -> None:

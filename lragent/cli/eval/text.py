@@ -55,6 +55,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     flag("--model", metavar="SPEC", help="hub id, folder or GGUF file (default: the embedded model)")
     flag("--modes", default=",".join(SharingMode), metavar="NAMES", help="of sharing (default: all four)")
     flag("--questions", type=int, metavar="N", help="held-out questions that are asked (default: all)")
+    flag("--max-tokens-in-cache", type=int, metavar="N", help="of the engine (default: what fits)")
     flag("--seed", type=int, default=0, help="of the split and the training, which the records name (default: 0)")
     parser.set_defaults(run=run_run)
 
@@ -87,6 +88,7 @@ def run_run(args: argparse.Namespace) -> int:
             model=args.model,
             modes=_modes(args.modes),
             questions=args.questions,
+            max_tokens_in_cache=args.max_tokens_in_cache,
         ),
         print,
     )
