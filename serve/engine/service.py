@@ -126,7 +126,7 @@ class EngineService:
     def generate(self, request: GenerationRequest, watch: Callable[[Chunk], None] | None = None) -> Chunk:
         """The whole answer as one chunk; `watch` is called from the engine's thread with each piece of it.
 
-        Raises as `submit`, EngineDeadError if the engine fails meanwhile, and what `watch` raises: that ends the answer.
+        Raises as `submit`, EngineDeadError if the engine fails meanwhile, and what `watch` raises; that ends it.
         """
         parts: list[Chunk] = []
         faults: list[Exception] = []
