@@ -76,6 +76,11 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def unanswered(test: TestSet, count: int, file: AnswerFile) -> list[Question]:
+    """Those of the first `count` questions that `file` does not hold."""
+    return [question for question in test.questions[:count] if question.id not in file.answers]
+
+
 def ask(
     test: TestSet,
     count: int,
@@ -94,8 +99,5 @@ def ask(
         file.add(answer)
         on_answer(answer)
 
-    missing = [question for question in test.questions[:count] if question.id not in file.answers]
-    examine(
-        test, missing, complete, Limits(iterations=asking.iterations), workers=asking.workers, deadline=deadline,
-        on_end=ended,
-    )  # fmt: skip
+    missing, limits = unanswered(test, count, file), Limits(iterations=asking.iterations)
+    examine(test, missing, complete, limits, workers=asking.workers, deadline=deadline, on_end=ended)
