@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from lragent.eval.paired import Paired, bootstrap, interval
+from lragent.errors import UserError
+from lragent.eval.intervals import wilson
+from lragent.eval.paired import Paired, interval
 from lragent.eval.study.merge import NOT_ASKED, Record
 from lragent.eval.study.regimes import REGIMES
 from lragent.modes import SharingMode
@@ -45,8 +48,8 @@ class Cell:
         return self.right / self.asked
 
     def interval(self) -> tuple[float, float]:
-        """95% of `share`, by bootstrap."""
-        return bootstrap(self.right, self.asked)
+        """95% of `share`, after Wilson: a bootstrap would say of no mistakes that there can be none."""
+        return wilson(self.right, self.asked)
 
     @property
     def out_of_function(self) -> float:
@@ -94,8 +97,19 @@ class Study:
     """Everything that the records hold."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        """Takes those of kinds `answers` and `training`; others are passed over."""
+        """Takes those of kinds `answers` and `training`; others are passed over. Raises UserError where they are of two
+        levels, or two of them of one cell: then files were put together that `lragent eval merge` must put together."""
         answers = [record for record in records if record["kind"] == "answers"]
+        seen: set[tuple[Any, ...]] = set()
+        for record in answers:
+            cell = (record["seed"], record["regime"], record["mode"])
+            if cell in seen:
+                raise UserError(
+                    f"records: there are two of seed {cell[0]}, {cell[1]}, {cell[2]}; merge the folders, not the files."
+                )
+            if record["level"] != answers[0]["level"]:
+                raise UserError(f"records: are of levels {answers[0]['level']} and {record['level']}; choose one.")
+            seen.add(cell)
         self.trainings = [record for record in records if record["kind"] == "training"]
         self.level = answers[0]["level"] if answers else ""
         self.seeds = sorted({record["seed"] for record in answers})
@@ -118,7 +132,9 @@ class Study:
         return max(exact, key=lambda cell: cell.share, default=None)
 
     def difference(self, first: Cell, second: Cell) -> Difference | None:
-        """What `second` has more; None where they share no question."""
+        """What `second` has more; None where they are one and the same, or share no question."""
+        if first is second:
+            return None
         pairs: dict[int, Paired] = {}
         for seed in sorted(first.by_seed.keys() & second.by_seed.keys()):
             one, other = first.by_seed[seed], second.by_seed[seed]

@@ -1,0 +1,42 @@
+"""What records say: shares and differences over seeds, on the questions that both were asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lragent.errors import UserError
+from lragent.eval.study.summary import Study
+
+
+def cell(mode: str, right: str, **changes: Any) -> dict[str, Any]:
+    asked = len(right.replace("-", ""))
+    plain = {"kind": "answers", "level": "demo", "seed": 0, "regime": "shared", "mode": mode, "asked": asked}
+    return plain | {"right": right, "endings": {"accepted": asked - 1, "context": 1}, "mean": {"turns": 7.0}} | changes
+
+
+def test_modes_are_paired_by_question_within_each_seed() -> None:
+    study = Study([
+        cell("non_shared", "1101-1"), cell("full_shared", "10-110"),
+        cell("non_shared", "01", seed=1, mean={"turns": 9.0}), cell("full_shared", "0", seed=1),
+    ])  # fmt: skip
+    exact = study.cells["shared", "non_shared"]
+    assert (exact.asked, exact.right, exact.out_of_function) == (7, 5, 2 / 7)
+    assert exact.mean("turns") == pytest.approx((5 * 7 + 2 * 9) / 7)
+    found = study.from_exact("shared", "full_shared")
+    assert found is not None
+    assert (found.total.both, found.total.only_first, found.total.only_second, found.total.neither) == (2, 2, 0, 1)
+    assert found.points == -40
+    low, high = found.interval()
+    assert low <= -40 <= high
+    assert found.widest() >= (high - low) / 2
+    assert study.from_best("shared", "non_shared") is None, "it is the best itself"
+
+
+def test_nothing_is_counted_twice_or_across_levels() -> None:
+    with pytest.raises(UserError, match="two of seed 0, shared, non_shared"):
+        Study([cell("non_shared", "11"), cell("non_shared", "11")])
+    with pytest.raises(UserError, match="levels demo and hard"):
+        Study([cell("non_shared", "11"), cell("full_shared", "11", level="hard")])
+    assert Study([{"kind": "machine"}]).cells == {}
