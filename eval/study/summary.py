@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
+from lragent.errors import UserError
 from lragent.eval.paired import Paired, bootstrap, interval
 from lragent.eval.study.merge import NOT_ASKED, Record
 from lragent.eval.study.regimes import REGIMES
+from lragent.eval.world.levels import level_named
 from lragent.modes import SharingMode
 
 BASIS = SharingMode.NON_SHARED.value
@@ -55,6 +58,11 @@ class Cell:
             self.asked
         )
 
+    def by_kind(self, kind: str) -> tuple[int, int]:
+        """Right answers and questions of one kind."""
+        found = [record["kinds"].get(kind, (0, 0)) for record in self.records]
+        return sum(right for right, _ in found), sum(total for _, total in found)
+
     def mean(self, name: str) -> float:
         """Mean over the questions of a number that a record has the mean of."""
         return sum(record["asked"] * record["mean"][name] for record in self.records) / self.asked
@@ -94,7 +102,8 @@ class Study:
     """Everything that the records hold."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        """Takes those of kinds `answers` and `training`; others are passed over."""
+        """Takes those of kinds `answers` and `training`; others are passed over. Raises UserError where two are of
+        the same cell."""
         answers = [record for record in records if record["kind"] == "answers"]
         self.trainings = [record for record in records if record["kind"] == "training"]
         self.level = answers[0]["level"] if answers else ""
@@ -103,6 +112,11 @@ class Study:
         for regime in REGIMES:
             for mode in SharingMode:
                 found = tuple(r for r in answers if (r["regime"], r["mode"]) == (regime, mode.value))
+                if len({record["seed"] for record in found}) < len(found):
+                    raise UserError(
+                        f"two records of kind answers are of {self.level}, {regime}, {mode}, and one seed; merge a "
+                        "study's folders in one command, and give each file once."
+                    )
                 if found:
                     self.cells[regime, mode.value] = Cell(regime, mode.value, found)
 
@@ -110,6 +124,17 @@ class Study:
     def regimes(self) -> list[str]:
         """Those that answered in any mode."""
         return [name for name in REGIMES if any(regime == name for regime, _ in self.cells)]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of questions that were asked, in the order of the level."""
+        asked = {kind for cell in self.cells.values() for record in cell.records for kind in record["kinds"]}
+        return [kind for kind in level_named(self.level).mix if kind in asked]
+
+    def tokens(self, regime: str) -> float | None:
+        """That training a regime took, mean over the seeds; None where no record says."""
+        found = [record["tokens"] for record in self.trainings if record["regime"] == regime]
+        return fmean(found) if found else None
 
     @property
     def best(self) -> Cell | None:

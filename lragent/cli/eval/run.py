@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from lragent.eval.ask import Asking, ask, served
     from lragent.eval.comparison import show
     from lragent.eval.openai_client import openai_endpoint
+    from lragent.eval.run_folder import RunFolder
     from lragent.eval.world.testset import load_test_set
     from lragent.modes import SharingMode
 
@@ -62,14 +62,16 @@ def run(args: argparse.Namespace) -> int:
     count = len(test.questions) if args.questions is None else min(args.questions, len(test.questions))
     if count < 1:
         raise UserError(f"--questions: must be at least 1, not {args.questions}.")
-    _begin(args)
+    folder = RunFolder(args.output)
+    folder.begin(args.world, test.level, args.roles or args.base_url, args.iterations)
     asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache)
     for mode in modes:
         with (
-            AnswerFile(args.output / f"{mode}.jsonl") as file,
+            AnswerFile(folder.answers(mode)) as file,
             tqdm(desc=mode, total=count, initial=len(file.answers), unit="q", disable=None) as bar,
         ):
             if len(file.answers) < count:
+                folder.note(mode, args.workers, here=args.roles is not None)
                 speaker = (
                     openai_endpoint(args.base_url, args.api_key)
                     if args.base_url
@@ -77,27 +79,9 @@ def run(args: argparse.Namespace) -> int:
                 )
                 with speaker as complete:
                     ask(test, count, complete, file, asking, on_answer=partial(_advance, bar))
-    show({mode: args.output / f"{mode}.jsonl" for mode in modes}, Console(highlight=False, soft_wrap=True))
+    show({mode: folder.answers(mode) for mode in modes}, Console(highlight=False, soft_wrap=True))
     return 0
 
 
 def _advance(bar: Any, answer: object) -> None:
     bar.update()
-
-
-def _begin(args: argparse.Namespace) -> None:
-    """The folder belongs to one team and one world."""
-    import hashlib
-
-    from lragent.atomic import write_file
-
-    team = hashlib.sha256(args.roles.read_bytes()).hexdigest() if args.roles and args.roles.is_file() else args.base_url
-    facts = {"world": hashlib.sha256(args.world.read_bytes()).hexdigest(), "team": team, "iterations": args.iterations}
-    path = args.output / "run.json"
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != facts:
-            raise UserError(f"--output: {args.output} holds answers of another team or world; name another folder.")
-    elif args.output.is_dir() and any(args.output.iterdir()):
-        raise UserError(f"--output: {args.output} holds other files; name a new folder.")
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(facts).encode())
