@@ -16,6 +16,10 @@ from lragent.eval.answers import Answer, AnswerFile
 from lragent.eval.recorded import merged
 from lragent.eval.report import write_report
 from lragent.eval.run_folder import RunFolder
+from lragent.eval.study.folder import StudyFolder
+from lragent.eval.study.plan import StudyPlan
+from lragent.eval.study.regimes import Training
+from lragent.eval.study.work import run_study
 
 MEANS = {"iterations": 2.0, "turns": 6.0, "context": 300.0, "generated": 40.0, "reused": 500.0}
 RIGHT = {
@@ -224,3 +228,32 @@ def test_folders_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         merged([tmp_path / "other"])
     with pytest.raises(UserError, match="no file"):
         RunFolder(tmp_path / "new").begin(tmp_path / "world.json", "demo", tmp_path / "none.safetensors", 45)
+
+
+class Done:
+    """A part of a study that takes no work."""
+
+    name = "part"
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def done(self) -> bool:
+        return self.made
+
+    def ready(self) -> bool:
+        return True
+
+    def make(self, shift: object) -> None:
+        self.made = True
+
+
+def test_a_study_says_where_and_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, part = StudyPlan(level="demo", questions=1), Done()
+    monkeypatch.setattr("lragent.eval.study.work.parts_of", lambda folder: [part])
+    assert run_study(plan, tmp_path / "one", processes=1, deadline=float("inf"), tell=print, quiet=True)
+    machine, plan_of = merged([tmp_path / "one"])
+    assert (machine["kind"], plan_of["kind"], plan_of["iterations"]) == ("machine", "study", plan.asking.iterations)
+    StudyFolder(tmp_path / "two", StudyPlan(level="demo", questions=1, training=Training(lr=1.0))).begin()
+    with pytest.raises(UserError, match="two: is a study with another `training`"):
+        merged([tmp_path / "one", tmp_path / "two"])
