@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,25 +65,28 @@ class Answer:
 
 
 class AnswerFile:
-    """A file of answers that grows. One process writes to it at a time."""
+    """A file of answers that grows. One process at a time has it."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or begins the file; a last line that was cut off is dropped. Raises UserError where another is bad."""
+        """Opens or begins the file; a last line that was cut off is dropped. Raises UserError where a line is bad,
+        where another process has the file, or where it cannot be written to."""
         self.path = path
-        self.answers: dict[str, Answer] = {}
-        whole = 0
-        content = path.read_bytes() if path.is_file() else b""
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break
-            answer = _read(line, f"{path}:{number}")
-            if self.answers.setdefault(answer.id, answer) != answer:
-                raise UserError(f"{path}:{number}: question {answer.id!r} has two different answers; remove the file.")
-            whole += len(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        if whole < len(content):
-            os.truncate(path, whole)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written to ({error.strerror}).") from error
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path}: another process writes to it; wait for its end.") from None
+            content = path.read_bytes()
+            self.answers: dict[str, Answer] = _answers_in(content, path)
+            os.truncate(path, content.rfind(b"\n") + 1)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -90,20 +95,35 @@ class AnswerFile:
         self._file.close()
 
     def add(self, answer: Answer) -> None:
-        """Writes it at once."""
-        self._file.write(json.dumps(dataclasses.asdict(answer), ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Writes it at once. Raises UserError where it cannot."""
+        begins = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(json.dumps(dataclasses.asdict(answer), ensure_ascii=False).encode() + b"\n")
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(begins)  # the next line must not go on with half of this one
+            raise UserError(f"{self.path}: cannot be written to ({error.strerror}).") from error
         self.answers[answer.id] = answer
 
 
 def read_answers(path: Path) -> dict[str, Answer]:
     """The answers in a file, by question; what is cut off at its end is left out. Raises UserError."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    found = (_read(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.endswith(b"\n"))
-    return {answer.id: answer for answer in found}
+    return _answers_in(content, path)
+
+
+def _answers_in(content: bytes, path: Path) -> dict[str, Answer]:
+    answers: dict[str, Answer] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        answer = _read(line, f"{path}:{number}")
+        if answers.setdefault(answer.id, answer) != answer:
+            raise UserError(f"{path}:{number}: question {answer.id!r} has two different answers; remove the file.")
+    return answers
 
 
 def _read(line: bytes, where: str) -> Answer:

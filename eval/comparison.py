@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -11,44 +11,53 @@ from rich.table import Table
 
 from lragent.eval.agent import Ending
 from lragent.eval.answers import Answer, read_answers
-from lragent.eval.paired import Paired, bootstrap, interval
+from lragent.eval.intervals import wilson
+from lragent.eval.paired import Paired, interval
 
 
 def show(files: Mapping[str, Path], console: Console) -> None:
-    """A table with a row for each of `files`, by name; differences are from the first of them. Raises UserError."""
+    """A table with a column for each of `files`, by name; differences are from the first of them. Raises UserError."""
     found = {name: read_answers(path) for name, path in files.items()}
     common = sorted(set.intersection(*(set(answers) for answers in found.values())))
     if not common:
         console.print("there are no answers yet")
         return
-    table = Table(title=f"{len(common)} questions; 95% intervals")
-    for name in ("", "right %", "difference", "p", "no answer %", "iterations", "tokens in the end"):
-        table.add_column(name, justify="right" if name else "left")
-    for name in ("computed", "reused", "seconds"):
-        table.add_column(name, justify="right")
-    first = [found[next(iter(found))][at] for at in common]
-    for name, answers in found.items():
-        rows = [answers[at] for at in common]
-        table.add_row(name, *_accuracy(rows, first), *_costs(rows))
+    table = Table("", *found, title=f"questions that all were asked: {len(common)}; 95% intervals")
+    first, *others = [[answers[at] for at in common] for answers in found.values()]
+    rows = [first, *others]
+    table.add_row("right %", *map(_right, rows))
+    for name, compare in (("difference", _difference), ("p (McNemar)", _chance)):
+        table.add_row(name, "", *(compare(_paired(first, other)) for other in others))
+    for name, number in _COSTS.items():
+        table.add_row(name, *(number(answers) for answers in rows))
     console.print(table)
 
 
-def _accuracy(rows: list[Answer], first: list[Answer]) -> list[str]:
-    right = sum(answer.right for answer in rows)
-    low, high = bootstrap(right, len(rows))
-    cells = [f"{100 * right / len(rows):.1f} ({100 * low:.1f} to {100 * high:.1f})"]
-    if rows is first or rows == first:
-        return [*cells, "", ""]
-    pair = Paired.of([answer.right for answer in first], [answer.right for answer in rows])
+def _right(answers: list[Answer]) -> str:
+    right = sum(answer.right for answer in answers)
+    low, high = wilson(right, len(answers))
+    return f"{100 * right / len(answers):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _paired(first: list[Answer], second: list[Answer]) -> Paired:
+    return Paired.of([answer.right for answer in first], [answer.right for answer in second])
+
+
+def _difference(pair: Paired) -> str:
     low, high = interval([pair])
-    return [*cells, f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{pair.mcnemar:.2g}"]
+    return f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def _costs(rows: list[Answer]) -> list[str]:
-    none = sum(answer.ending != Ending.ACCEPTED for answer in rows)
-    return [
-        f"{100 * none / len(rows):.1f}",
-        *(f"{fmean(getattr(answer, name) for answer in rows):.1f}" for name in ("iterations", "context")),
-        *(f"{fmean(getattr(answer, name) for answer in rows):,.0f}" for name in ("computed", "reused")),
-        f"{fmean(answer.seconds for answer in rows):.3f}",
-    ]
+def _chance(pair: Paired) -> str:
+    return f"{pair.mcnemar:.2g}"
+
+
+_COSTS: dict[str, Callable[[list[Answer]], str]] = {
+    "no answer %": lambda them: f"{100 * fmean(answer.ending != Ending.ACCEPTED for answer in them):.1f}",
+    "iterations": lambda them: f"{fmean(answer.iterations for answer in them):.1f}",
+    "tokens in the end": lambda them: f"{fmean(answer.context for answer in them):,.0f}",
+    "tokens computed": lambda them: f"{fmean(answer.computed for answer in them):,.0f}",
+    "tokens reused": lambda them: f"{fmean(answer.reused for answer in them):,.0f}",
+    "seconds": lambda them: f"{fmean(answer.seconds for answer in them):.3f}",
+}
+"""What a question took, by its name in the table."""

@@ -45,13 +45,10 @@ def draw_cost(study: Study, path: Path) -> None:
     regimes, modes = study.regimes, list(SharingMode)
     for (regime, mode), cell in study.cells.items():
         difference = study.from_best(regime, mode)
-        if difference is not None:
-            axes.plot(
-                cell.mean("computed"),
-                -difference.points,
-                MARKERS[regimes.index(regime)],
-                color=f"C{modes.index(SharingMode(mode))}",
-            )
+        lost = 0.0 if cell is study.best else -difference.points if difference is not None else None
+        if lost is not None:
+            marker, colour = MARKERS[regimes.index(regime)], f"C{modes.index(SharingMode(mode))}"
+            axes.plot(cell.mean("computed"), lost, marker, color=colour)
     for number, mode_ in enumerate(modes):
         axes.plot([], [], "s", color=f"C{number}", label=mode_.value)
     for regime, marker in zip(regimes, MARKERS, strict=False):

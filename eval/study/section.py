@@ -51,7 +51,7 @@ def _level(study: Study, pictures: Path) -> list[str]:
     parts = [
         f"### Right answers, level `{study.level}`",
         *_sentences(study),
-        "In percent, over all seeds, with the 95% bootstrap interval. Tokens are those that training took (mean over "
+        "In percent, over all seeds, with the 95% interval (Wilson's). Tokens are those that training took (mean over "
         "seeds); healing's come after those of training apart.",
         _right(study),
         "The seed with the fewest and the one with the most, and in brackets the share of questions that got no answer "

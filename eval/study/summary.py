@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import Any
 
 from lragent.errors import UserError
-from lragent.eval.paired import Paired, bootstrap, interval
+from lragent.eval.intervals import wilson
+from lragent.eval.paired import Paired, interval
 from lragent.eval.study.merge import NOT_ASKED, Record
 from lragent.eval.study.regimes import REGIMES
 from lragent.eval.world.levels import level_named
@@ -48,8 +50,8 @@ class Cell:
         return self.right / self.asked
 
     def interval(self) -> tuple[float, float]:
-        """95% of `share`, by bootstrap."""
-        return bootstrap(self.right, self.asked)
+        """95% of `share`, after Wilson: a bootstrap would say of no mistakes that there can be none."""
+        return wilson(self.right, self.asked)
 
     @property
     def out_of_function(self) -> float:
@@ -102,9 +104,19 @@ class Study:
     """Everything that the records hold."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        """Takes those of kinds `answers` and `training`; others are passed over. Raises UserError where two are of
-        the same cell."""
+        """Takes those of kinds `answers` and `training`; others are passed over. Raises UserError where they are of two
+        levels, or two of them of one cell: then files were put together that `lragent eval merge` must put together."""
         answers = [record for record in records if record["kind"] == "answers"]
+        seen: set[tuple[Any, ...]] = set()
+        for record in answers:
+            cell = (record["seed"], record["regime"], record["mode"])
+            if cell in seen:
+                raise UserError(
+                    f"records: there are two of seed {cell[0]}, {cell[1]}, {cell[2]}; merge the folders, not the files."
+                )
+            if record["level"] != answers[0]["level"]:
+                raise UserError(f"records: are of levels {answers[0]['level']} and {record['level']}; choose one.")
+            seen.add(cell)
         self.trainings = [record for record in records if record["kind"] == "training"]
         self.level = answers[0]["level"] if answers else ""
         self.seeds = sorted({record["seed"] for record in answers})
@@ -112,11 +124,6 @@ class Study:
         for regime in REGIMES:
             for mode in SharingMode:
                 found = tuple(r for r in answers if (r["regime"], r["mode"]) == (regime, mode.value))
-                if len({record["seed"] for record in found}) < len(found):
-                    raise UserError(
-                        f"two records of kind answers are of {self.level}, {regime}, {mode}, and one seed; merge a "
-                        "study's folders in one command, and give each file once."
-                    )
                 if found:
                     self.cells[regime, mode.value] = Cell(regime, mode.value, found)
 
@@ -143,7 +150,9 @@ class Study:
         return max(exact, key=lambda cell: cell.share, default=None)
 
     def difference(self, first: Cell, second: Cell) -> Difference | None:
-        """What `second` has more; None where they share no question."""
+        """What `second` has more; None where they are one and the same, or share no question."""
+        if first is second:
+            return None
         pairs: dict[int, Paired] = {}
         for seed in sorted(first.by_seed.keys() & second.by_seed.keys()):
             one, other = first.by_seed[seed], second.by_seed[seed]

@@ -126,15 +126,20 @@ class EngineService:
     def generate(self, request: GenerationRequest, watch: Callable[[Chunk], None] | None = None) -> Chunk:
         """The whole answer as one chunk; `watch` is called from the engine's thread with each piece of it.
 
-        Raises as `submit`, and EngineDeadError if the engine fails meanwhile.
+        Raises as `submit`, EngineDeadError if the engine fails meanwhile, and what `watch` raises; that ends it.
         """
         parts: list[Chunk] = []
+        faults: list[Exception] = []
         ended = threading.Event()  # one wake-up for an answer, not one for each of its tokens
 
         def take(chunk: Chunk) -> None:
-            if watch is not None:
-                watch(chunk)
             parts.append(chunk)
+            try:
+                if watch is not None and not faults:
+                    watch(chunk)
+            except Exception as fault:
+                faults.append(fault)
+                ended.set()
             if chunk.finish_reason is not None:
                 ended.set()
 
@@ -143,6 +148,8 @@ class EngineService:
             ended.wait()
         finally:
             self.cancel(request.request_id)  # where it was interrupted
+        if faults:
+            raise faults[0]
         return joined(parts)
 
     def stream(

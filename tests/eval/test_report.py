@@ -88,7 +88,7 @@ def test_right_answers_and_what_training_took(page: str) -> None:
     right, spread = rows(page, "`mixed`")[:2]
     assert right[1:3] == ["mixed, joint A", "2.01 M"]
     assert [cell.split()[0] for cell in right[3:]] == ["65.0", "10.0", "90.0"], "13, 2 and 18 of 20"
-    assert right[3] == "65.0 (45.0 to 85.0)"
+    assert right[3] == "65.0 (43.3 to 81.9)"
     assert spread[1:] == ["50.0 to 80.0 (10.0)", "10.0 to 10.0 (10.0)", "90.0 to 90.0 (10.0)"]
     assert rows(page, "`apart`")[0][2] == "13,000"
     assert rows(page, "`healed`")[0][2:4] == ["+ 0.25 M", "-"], "after apart; in no exact mode"
@@ -176,7 +176,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         write_report([keep([{"kind": "speed", "label": "x"}], bad)], page)
     with pytest.raises(UserError, match=r"bad\.jsonl: nothing to report"):
         write_report([keep([{"kind": "other"}], bad)], page)
-    with pytest.raises(UserError, match="one seed"):
+    with pytest.raises(UserError, match="two of seed 0, mixed, non_shared"):
         write_report([good, good], page)
     with pytest.raises(UserError, match=r"must end in \.md"):
         write_report([good], tmp_path / "page")

@@ -17,7 +17,7 @@ from lragent.errors import UserError
 from lragent.models import fingerprint
 from lragent.pack import write_pack
 from lragent.serve import Engine
-from lragent.serve.engine.types import FinishReason
+from lragent.serve.engine.types import Chunk, FinishReason
 
 ROLES = ("plan", "action", "reflect")
 GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
@@ -60,6 +60,24 @@ def test_a_chat_reuses_what_another_role_has_read(engine: Engine) -> None:
     usage = engine.generate("reflect", messages, **GREEDY).usage
     assert usage is not None
     assert usage.base_reused > usage.tokens_computed
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("fails_at", [1, 6])
+def test_who_watches_and_fails_ends_that_answer_only(engine: Engine, fails_at: int) -> None:
+    seen: list[Chunk] = []
+
+    def watch(chunk: Chunk) -> None:
+        seen.append(chunk)
+        if len(seen) == fails_at or chunk.finish_reason is not None:
+            raise RuntimeError("the watcher is at fault")
+
+    with pytest.raises(RuntimeError, match="the watcher is at fault"):
+        engine.generate("plan", "where is the inn?", watch=watch, **GREEDY)
+    seen.clear()
+    answer = engine.generate("plan", "where is the inn?", watch=seen.append, **GREEDY)
+    assert "".join(chunk.text for chunk in seen) == answer.text
+    assert seen[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_many_at_once_are_in_order(engine: Engine) -> None:
