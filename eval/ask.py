@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lragent.errors import UserError
-from lragent.eval.agent import Complete, Episode, Limits
+from lragent.eval.agent import ROLES, Complete, Episode, Limits
 from lragent.eval.answers import Answer, AnswerFile
 from lragent.eval.engine_client import engine_complete
 from lragent.eval.examine import examine
@@ -19,6 +19,7 @@ from lragent.eval.world.questions import Question
 from lragent.eval.world.testset import TestSet
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve import Engine
+from lragent.serve.engine.engine import MOST_WAITING
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,15 @@ class Asking:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: must be at least 1, not {value}.")
+        if self.workers > MOST_WAITING:
+            raise UserError(f"workers: must be at most {MOST_WAITING}, as no engine takes more, not {self.workers}.")
 
 
 @contextmanager
 def served(model: str | None, pack: Path | None, mode: SharingMode, asking: Asking) -> Iterator[Complete]:
     """An engine in this process for the length of a block. Where one role writes each token, the base writes what comes
-    before the first turn, whatever the pack was trained for: so all packs are asked alike."""
+    before the first turn, whatever the pack was trained for: so all packs are asked alike. Raises UserError, also where
+    the team lacks a role."""
     engine = Engine(
         model,
         pack,
@@ -56,6 +60,8 @@ def served(model: str | None, pack: Path | None, mode: SharingMode, asking: Aski
     speakers = [engine_complete(engine)]
     try:
         with engine:
+            if missing := [role for role in ROLES if role not in engine.roles]:
+                raise UserError(f"{pack or 'roles'}: has no role {missing[0]!r}; the team is {', '.join(ROLES)}.")
             yield lambda role, messages, max_tokens: speakers[0](role, messages, max_tokens)
     finally:
         speakers.clear()
@@ -68,6 +74,11 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def unanswered(test: TestSet, count: int, file: AnswerFile) -> list[Question]:
+    """Those of the first `count` questions that `file` does not hold."""
+    return [question for question in test.questions[:count] if question.id not in file.answers]
 
 
 def ask(
@@ -88,8 +99,5 @@ def ask(
         file.add(answer)
         on_answer(answer)
 
-    missing = [question for question in test.questions[:count] if question.id not in file.answers]
-    examine(
-        test, missing, complete, Limits(iterations=asking.iterations), workers=asking.workers, deadline=deadline,
-        on_end=ended,
-    )  # fmt: skip
+    missing, limits = unanswered(test, count, file), Limits(iterations=asking.iterations)
+    examine(test, missing, complete, limits, workers=asking.workers, deadline=deadline, on_end=ended)

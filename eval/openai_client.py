@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import httpx
 import openai
 
 from lragent.errors import UserError
@@ -15,13 +16,27 @@ CONTEXT_ERROR = "context_length_exceeded"
 
 @contextmanager
 def openai_endpoint(base_url: str, api_key: str) -> Iterator[Complete]:
-    """An endpoint for the length of a block, without a proxy between. Raises UserError where it does not answer."""
-    client = openai.OpenAI(base_url=base_url, api_key=api_key, http_client=openai.DefaultHttpxClient(trust_env=False))
-    with client:
-        try:
+    """An endpoint for the length of a block, without a proxy between. Raises UserError where it does not answer, or not
+    as it should."""
+    try:
+        client = openai.OpenAI(
+            base_url=base_url, api_key=api_key, http_client=openai.DefaultHttpxClient(trust_env=False)
+        )
+        with client:
             yield openai_complete(client)
-        except openai.OpenAIError as error:
-            raise UserError(f"{base_url}: {error}") from error
+    except openai.APIStatusError as error:
+        raise UserError(f"{base_url}: refuses with status {error.status_code} ({_said(error)}).") from error
+    # A server that ends in the middle of an answer is told of by httpx itself.
+    except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UserError(
+            f"{base_url}: does not answer ({error}); is the server there, and the address right?"
+        ) from error
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """The server's own sentence, if it said one."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message)
 
 
 def openai_complete(client: openai.OpenAI, *, extra_body: dict[str, Any] | None = None) -> Complete:

@@ -32,10 +32,8 @@ class RunFolder:
     def begin(self, world: Path, level: str, team: Path | str, iterations: int) -> None:
         """Makes the folder, or goes on with it. Raises UserError where it holds something else.
 
-        team: a pack, or the URL of an endpoint.
+        team: a pack that is there, or the URL of an endpoint.
         """
-        if isinstance(team, Path) and not team.is_file():
-            raise UserError(f"--roles: there is no file {team}.")
         own = hashlib.sha256(team.read_bytes()).hexdigest() if isinstance(team, Path) else team
         facts = {"world": hashlib.sha256(world.read_bytes()).hexdigest(), "team": own, "iterations": iterations}
         begun = self.facts() if (self.path / RUN).is_file() else None

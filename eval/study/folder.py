@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import functools
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
-from lragent.atomic import write_file
+from lragent.atomic import TEMPORARY_PREFIX, write_file
 from lragent.config import dump_config, load_config
 from lragent.errors import UserError
 from lragent.eval.study.plan import StudyPlan
 from lragent.modes import SharingMode
 
-PLAN = "plan.yaml"
+T = TypeVar("T")
+
+PLAN, LOCKS = "plan.yaml", "locks"
 FIXED = ("level", "train", "test", "training")
 """Fields of the plan that a study which has begun keeps: what is there already follows from them."""
 
@@ -31,17 +37,37 @@ class StudyFolder:
         self.path, self.plan = path, plan
 
     def begin(self) -> None:
-        """Makes the folder, or goes on with it. Raises UserError where it holds another study."""
-        path, plan = self.path, self.plan
-        if (path / PLAN).is_file():
-            begun = dump_config(load_config(StudyPlan, path / PLAN))
-            for name in FIXED:
-                if begun[name] != dump_config(plan)[name]:
-                    raise UserError(f"{path}: holds a study with another `{name}`; choose another folder.")
-        elif path.is_dir() and any(path.iterdir()):
+        """Makes the folder, or goes on with it. Raises UserError where it holds another study.
+
+        `plan.yaml` then names the seeds, regimes and modes of all that was ever begun here: their answers stay.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; give the folder of a study, or a new one.")
+        others = (
+            [each for each in path.iterdir() if not each.name.startswith(TEMPORARY_PREFIX)] if path.exists() else []
+        )
+        if others and not ((path / PLAN).is_file() or {each.name for each in others} == {LOCKS}):
             raise UserError(f"{path}: holds files that are no study's; choose a new folder.")
-        (path / "locks").mkdir(parents=True, exist_ok=True)
-        write_file(path / PLAN, yaml.safe_dump(dump_config(plan), sort_keys=False).encode())
+        (path / LOCKS).mkdir(parents=True, exist_ok=True)
+        with (path / LOCKS / PLAN).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # who begins beside us adds to what we have written, or we to theirs
+            plan = self._joined(load_config(StudyPlan, path / PLAN)) if (path / PLAN).is_file() else self.plan
+            write_file(path / PLAN, yaml.safe_dump(dump_config(plan), sort_keys=False).encode())
+
+    def _joined(self, begun: StudyPlan) -> StudyPlan:
+        """This plan, with the seeds, regimes and modes of `begun` besides."""
+        old, new = dump_config(begun), dump_config(self.plan)
+        for name in (*FIXED, "asking.iterations"):
+            values = [functools.reduce(operator.getitem, name.split("."), plan) for plan in (old, new)]
+            if values[0] != values[1]:
+                raise UserError(f"{self.path}: holds a study with another `{name}`; choose another folder.")
+        return dataclasses.replace(
+            self.plan,
+            seeds=_united(begun.seeds, self.plan.seeds),
+            regimes=_united(begun.regimes, self.plan.regimes),
+            modes=_united(begun.modes, self.plan.modes),
+        )
 
     def seed(self, seed: int) -> Path:
         """Everything of one seed."""
@@ -66,10 +92,14 @@ class StudyFolder:
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether this process may work on the part `name`: no other does. Ends with the block, or the process."""
-        with (self.path / "locks" / name.replace("/", ".")).open("w") as lock:
+        with (self.path / LOCKS / name.replace("/", ".")).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
             yield True
+
+
+def _united(first: tuple[T, ...], second: tuple[T, ...]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys((*first, *second)))

@@ -36,14 +36,18 @@ class StudyPlan:
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
-        for name in (*self.regimes, *self.more_questions):
-            if name not in REGIMES:
-                raise UserError(f"regimes: there is no {name!r}; there are {', '.join(REGIMES)}.")
+        for field_name in ("regimes", "more_questions"):
+            for name in getattr(self, field_name):
+                if name not in REGIMES:
+                    raise UserError(f"{field_name}: there is no {name!r}; there are {', '.join(REGIMES)}.")
         for name in ("seeds", "regimes", "modes"):
             if len(set(getattr(self, name))) < max(1, len(getattr(self, name))):
                 raise UserError(f"{name}: must name at least one, and none twice.")
+        if "healed" in self.regimes:
+            self.training.check_healing(self.world().train_count)
         most = self.world().test_count
-        for field_name, count in (("questions", self.questions), *self.more_questions.items()):
+        more = ((f"more_questions.{regime}", count) for regime, count in self.more_questions.items())
+        for field_name, count in (("questions", self.questions), *more):
             if not 1 <= count <= most:
                 raise UserError(f"{field_name}: must be from 1 to the test world's {most} (`test`), not {count}.")
 

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from lragent.adapter_set import AdapterSet, RoleSpec
 from lragent.attention import ATTENTION, register_attention
 from lragent.chat import Renderer
+from lragent.errors import UserError
 from lragent.eval.agent import ROLES
 from lragent.eval.heal import heal_adapters
 from lragent.models import load_model, load_tokenizer, resolve_model
@@ -62,6 +63,28 @@ class Training:
     """Of the tokens that the roles were trained on apart: what healing may learn from."""
     heal_held_out: int | None = None
     """Trajectories that are kept out of healing, to tell when it is done; None = a tenth."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the field that is out of range."""
+        for name in ("rank", "epochs", "tokens_per_batch", "heal_held_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: must be at least 1, not {value}.")
+        for name in ("lr", "heal_lr", "heal_share"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name}: must be above 0, not {getattr(self, name)}.")
+
+    def held_out_of(self, trajectories: int) -> int:
+        """How many of so many are kept out of healing."""
+        return trajectories // 10 if self.heal_held_out is None else self.heal_held_out
+
+    def check_healing(self, trajectories: int) -> None:
+        """Raises UserError where of so many trajectories none are left to heal with, or to tell when it is done."""
+        if not 1 <= self.held_out_of(trajectories) < trajectories:
+            raise UserError(
+                f"training.heal_held_out: {self.held_out_of(trajectories)} of {trajectories} trajectories (`train`) "
+                "would be kept out of healing; keep at least one, and not all."
+            )
 
 
 class Teacher:
@@ -151,7 +174,7 @@ class Teacher:
         if not apart.is_file():
             self.train("apart", apart)
         plan = self.training
-        kept = len(self.examples) // 10 if plan.heal_held_out is None else plan.heal_held_out
+        kept = plan.held_out_of(len(self.examples))
         model = load_model(self.source, DTYPES[plan.dtype], self.device, ATTENTION)
         trained = plan.epochs * sum(RoleViews(self.examples).lengths)
         healed = heal_adapters(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable
-from multiprocessing.queues import Queue
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from queue import Empty
 
 import torch
 from tqdm import tqdm
@@ -18,6 +20,7 @@ from lragent.eval.machines import note_machine
 from lragent.eval.study.folder import StudyFolder
 from lragent.eval.study.parts import Part, Shift, parts_of
 from lragent.eval.study.plan import StudyPlan
+from lragent.train.interrupt import InterruptedRun
 
 WAIT_S = 0.5
 """Between two looks whether others have made what a part needs."""
@@ -70,39 +73,67 @@ def _made(part: Part, folder: StudyFolder, shift: Shift) -> bool:
 def _side_by_side(
     folder: StudyFolder, processes: int, deadline: float, tell: Callable[[str], None], bar: tqdm[None]
 ) -> None:
+    """Each process has a pipe of its own to speak through: in one that they share, whoever is killed in the middle of a
+    word would keep all others from speaking, and from ending."""
     context = multiprocessing.get_context("spawn")
-    said: Queue[str | None] = context.Queue()
     seconds = deadline - time.monotonic()
-    workers = [
-        context.Process(target=_process, args=(folder.plan, folder.path, seconds, processes, said))
-        for _ in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
+    workers: list[SpawnProcess] = []
+    ears: list[Connection] = []
     try:
-        while any(worker.is_alive() for worker in workers) or not said.empty():
-            try:
-                sentence = said.get(timeout=WAIT_S)
-            except Empty:
-                continue
-            if sentence is None:
-                bar.update()
-            else:
-                tell(sentence)
-    finally:
+        for _ in range(processes):
+            ear, mouth = context.Pipe(duplex=False)
+            arguments = (folder.plan, folder.path, seconds, processes, mouth)
+            workers.append(context.Process(target=_process, args=arguments))
+            ears.append(ear)
+            workers[-1].start()
+            mouth.close()  # ours; with the worker's the pipe then ends
+        _listen(ears, tell, bar)
         for worker in workers:
+            worker.join()
+    finally:
+        begun = [worker for worker in workers if worker.pid is not None]
+        for worker in begun:
             worker.terminate()
+        for worker in begun:
             worker.join()
     if any(worker.exitcode for worker in workers):
         raise UserError("a process of the study has failed, as said above; the same command goes on with the rest.")
 
 
-def _process(plan: StudyPlan, path: Path, seconds: float, processes: int, said: Queue[str | None]) -> None:
-    """One of several processes; each has its share of the cores."""
+def _listen(ears: list[Connection], tell: Callable[[str], None], bar: tqdm[None]) -> None:
+    """Until all have ended."""
+    while ears:
+        for ear in wait(ears):
+            assert isinstance(ear, Connection)
+            try:
+                sentence = ear.recv()
+            except (EOFError, OSError):  # it has ended, or was killed in the middle of a word
+                ears.remove(ear)
+                continue
+            if sentence is None:
+                bar.update()
+            else:
+                tell(sentence)
+
+
+def _process(plan: StudyPlan, path: Path, seconds: float, processes: int, mouth: Connection) -> None:
+    """One of several processes; each has its share of the cores, and ends when the one that started it does."""
+    os.setsid()  # a terminal's Ctrl-C is for the parent, which then ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    shift = Shift(time.monotonic() + seconds, said.put, lambda: said.put(None))
+    shift = Shift(time.monotonic() + seconds, mouth.send, lambda: mouth.send(None))
     try:
         _work(StudyFolder(path, plan), shift)
+    except InterruptedRun as interrupted:
+        raise SystemExit(128 + interrupted.number) from interrupted
     except LRAgentError as error:
-        said.put(f"error: {error}")
+        mouth.send(f"error: {error}")
         raise SystemExit(1) from error
+
+
+def _end_with_parent() -> None:
+    """Where the parent is killed nobody else would end us, and we would keep the GPU."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

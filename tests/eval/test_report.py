@@ -226,8 +226,6 @@ def test_folders_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "run.json").write_text("[")
     with pytest.raises(UserError, match=r"run\.json"):
         merged([tmp_path / "other"])
-    with pytest.raises(UserError, match="no file"):
-        RunFolder(tmp_path / "new").begin(tmp_path / "world.json", "demo", tmp_path / "none.safetensors", 45)
 
 
 class Done:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lragent.eval.answers import AnswerFile
-    from lragent.eval.ask import Asking, ask, served
+    from lragent.eval.ask import Asking, ask, served, unanswered
     from lragent.eval.comparison import show
     from lragent.eval.openai_client import openai_endpoint
     from lragent.eval.run_folder import RunFolder
@@ -54,23 +54,27 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.roles is None) == (args.base_url is None):
         raise UserError("--roles: give a pack, or --base-url for a server that runs; one of the two.")
+    if args.roles is not None and not args.roles.is_file():
+        raise UserError(f"--roles: there is no file {args.roles}; give a pack, as `lragent pack` writes it.")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output: {args.output} is a file; name a folder.")
     modes = [ENDPOINT] if args.base_url else [name.strip() for name in args.modes.split(",")]
     for name in modes:
-        if name not in (ENDPOINT, *SharingMode):
+        if not args.base_url and name not in list(SharingMode):
             raise UserError(f"--modes: there is no {name!r}; there are {', '.join(SharingMode)}.")
+    asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache)
     test = load_test_set(args.world)
     count = len(test.questions) if args.questions is None else min(args.questions, len(test.questions))
     if count < 1:
         raise UserError(f"--questions: must be at least 1, not {args.questions}.")
     folder = RunFolder(args.output)
     folder.begin(args.world, test.level, args.roles or args.base_url, args.iterations)
-    asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache)
     for mode in modes:
         with (
             AnswerFile(folder.answers(mode)) as file,
             tqdm(desc=mode, total=count, initial=len(file.answers), unit="q", disable=None) as bar,
         ):
-            if len(file.answers) < count:
+            if unanswered(test, count, file):
                 folder.note(mode, args.workers, here=args.roles is not None)
                 speaker = (
                     openai_endpoint(args.base_url, args.api_key)

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from lragent.eval.study.plan import StudyPlan
     from lragent.eval.study.table import show
     from lragent.eval.study.work import run_study
+    from lragent.train.interrupt import InterruptedRun
 
     if args.processes < 1:
         raise UserError(f"--processes: must be at least 1, not {args.processes}.")
@@ -45,13 +46,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--minutes: must be above 0, not {args.minutes:g}.")
     plan = load_config(StudyPlan, args.plan, args.overrides)
     console = Console(highlight=False, soft_wrap=True)
-    whole = run_study(
-        plan,
-        args.output,
-        processes=args.processes,
-        deadline=began + 60 * args.minutes if args.minutes else float("inf"),
-        tell=lambda sentence: console.print(sentence, markup=False),
-    )
+    try:
+        whole = run_study(
+            plan,
+            args.output,
+            processes=args.processes,
+            deadline=began + 60 * args.minutes if args.minutes else float("inf"),
+            tell=lambda sentence: console.print(sentence, markup=False),
+        )
+    except InterruptedRun as interrupted:  # in training, which kept what it had learnt
+        console.print("interrupted; the same command goes on with what is left")
+        return 128 + interrupted.number
     show(records_of([args.output]), console)
     if not whole:
         console.print("the time is up; the same command goes on with what is left")
