@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lragent.atomic import write_file
+from lragent.eval.pictures import new_figure, save
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """By name: points (x, y)."""
@@ -17,14 +16,11 @@ def draw(panels: Mapping[str, Curves], path: Path, *, x: str, y: str, log: bool 
 
     log: a logarithmic y axis that is linear near zero, as there are exact zeros.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * columns, 3.6 * rows)
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     highest = max(height for curves in panels.values() for points in curves.values() for _, height in points)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -42,6 +38,4 @@ def draw(panels: Mapping[str, Curves], path: Path, *, x: str, y: str, log: bool 
         axes.legend(fontsize="small")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})  # the same bytes for the same records
-    write_file(path, content.getvalue())
+    save(figure, path)

@@ -10,6 +10,7 @@ from lragent.eval.analysis.divergence import COMPARED
 from lragent.eval.analysis.forced import SHARED
 from lragent.eval.analysis.pictures import Curves, draw
 from lragent.eval.analysis.similarity import ADAPTER, FULL_V, KEY, KEY_ADAPTER, KEY_LR, LR, V_BASE
+from lragent.eval.markdown import image, table
 
 Record = dict[str, Any]
 
@@ -48,10 +49,10 @@ def _similarity(records: Sequence[Record], pictures: Path) -> list[str]:
         "Cosine between what roles leave for the same token of the same text, each alone over the whole of it: the "
         "mean over tokens, layers and pairs of roles, and in brackets that of the layer where it is lowest. `full V` "
         "is `V_base` and the role's own adapter output, which is the LR cache times the role's `B`.",
-        _table(["trained", *whats], rows(among)),
+        table(["trained", *whats], rows(among)),
         "The same between what a role leaves alone and what it would read where every token was written once, by the "
         "role that spoke (`base_lr_shared`).",
-        _table(["trained", *whats], rows(own)),
+        table(["trained", *whats], rows(own)),
     ]
     for name, title, some in (
         ("similarity.png", "between roles", among),
@@ -104,11 +105,9 @@ def _divergence(records: Sequence[Record], pictures: Path) -> list[str]:
         "KL divergence of the next token's distribution from that of `non_shared`, in nats, over every token that a "
         "role authored. In brackets: 95% of the mean, by drawing trajectories anew (of several runs of a label: the "
         "lowest and the highest mean).",
-        _table(
-            ["trained", "mode", "mean KL", "median", "99th percentile", "likeliest token changed, %"], rows(overall)
-        ),
+        table(["trained", "mode", "mean KL", "median", "99th percentile", "likeliest token changed, %"], rows(overall)),
         "By the role that speaks.",
-        _table(["trained", "mode", *roles], rows(of_roles)),
+        table(["trained", "mode", *roles], rows(of_roles)),
         _picture(
             panels, pictures / "divergence.png", "Mean KL by step", x="step (turn of any role)", y="KL, nats", log=True
         ),
@@ -146,11 +145,6 @@ def _mean(records: Sequence[Record], figure: str, weight: str) -> float:
     return sum(record[figure] * record[weight] for record in records) / total
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _picture(panels: Mapping[str, Curves], path: Path, words: str, **axes: Any) -> str:
     """Draws what has points, and gives the link; "" where nothing has: a team of one has no pairs."""
     kept = {title: {name: points for name, points in curves.items() if points} for title, curves in panels.items()}
@@ -158,4 +152,4 @@ def _picture(panels: Mapping[str, Curves], path: Path, words: str, **axes: Any) 
     if not kept:
         return ""
     draw(kept, path, **axes)
-    return f"![{words}]({path.parent.name}/{path.name})"
+    return image(words, path)

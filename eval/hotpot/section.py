@@ -9,6 +9,7 @@ from typing import Any
 from lragent.eval.agent import ROLES, Ending
 from lragent.eval.hotpot.measure import ANSWERS, LOSS, STEPS, Record
 from lragent.eval.intervals import wilson
+from lragent.eval.markdown import table
 from lragent.modes import SharingMode
 
 _MODES = [str(mode) for mode in SharingMode]
@@ -25,15 +26,15 @@ def section(records: Sequence[Record], pictures: Path) -> str:
     if not own:
         return ""
     labels = list(dict.fromkeys(record["label"] for record in own))
-    parts = ["### Real text", _introduction(own)]
+    parts = [_introduction(own)]
     for kind, title, cell in (
         (LOSS, "Loss per authored token on held-out trajectories, in nats (teacher-forced)", _loss),
         (STEPS, "Turns of held-out trajectories that the engine generates exactly, in percent", _steps),
     ):
         if found := [record for record in own if record["kind"] == kind]:
-            parts += [f"**{title}**", _by_role(labels, found, cell)]
+            parts += [f"### {title}", _by_role(labels, found, cell)]
     if answers := [record for record in own if record["kind"] == ANSWERS]:
-        parts += ["**Answers to held-out questions**", _answers(labels, answers)]
+        parts += ["### Answers to held-out questions", _answers(labels, answers)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,7 +65,7 @@ def _by_role(labels: Sequence[str], records: Sequence[Record], cell: Callable[[S
             ]
             if any(found):
                 rows.append([label, role, *(cell(some) if some else _NONE for some in found)])
-    return _table(["trained", "role", *(f"`{mode}`" for mode in modes)], rows)
+    return table(["trained", "role", *(f"`{mode}`" for mode in modes)], rows)
 
 
 def _loss(records: Sequence[Record]) -> str:
@@ -102,7 +103,7 @@ def _answers(labels: Sequence[str], records: Sequence[Record]) -> str:
                 ]
             )
     heads = ["trained", "served", "exact match, %", "F1, %", "steps", "answered", "gave up", "context full", "asked"]
-    return _table([*heads, "won and lost"], rows)
+    return table([*heads, "won and lost"], rows)
 
 
 def _against_non_shared(label: str, mode: str, records: Sequence[Record]) -> str:
@@ -136,8 +137,3 @@ def _mean(values: Iterable[float]) -> float:
 def _span(numbers: Sequence[int]) -> str:
     least, most = min(numbers), max(numbers)
     return str(least) if least == most else f"{least} to {most}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -30,7 +30,7 @@ class StudyFolder:
     """The folder of one study.
 
     `plan.yaml`; for each seed `seed-N/world/`, `seed-N/packs/REGIME.safetensors` and beside it a `.json` of what its
-    training took, `seed-N/answers/REGIME.MODE.jsonl`; and `locks/`.
+    training took, `seed-N/answers/REGIME.MODE.jsonl`; `machines/`, on what that was done; and `locks/`.
     """
 
     def __init__(self, path: Path, plan: StudyPlan) -> None:

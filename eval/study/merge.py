@@ -1,4 +1,4 @@
-"""What studies and runs have found, as records that can be kept: a line for each training and each cell of answers."""
+"""What studies have found, as records that can be kept: a line for each study, training and cell of answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lragent.config import load_config
+from lragent.config import dump_config, load_config
 from lragent.errors import UserError
 from lragent.eval.answers import Answer, read_answers
-from lragent.eval.study.folder import PLAN, StudyFolder
+from lragent.eval.study.folder import FIXED, PLAN, StudyFolder
 from lragent.eval.study.plan import StudyPlan
+from lragent.eval.study.regimes import REGIMES
+from lragent.modes import SharingMode
 
 MEANS = ("iterations", "turns", "context", "generated", "computed", "reused", "seconds", "ttft_s")
 """Numbers of an answer whose mean over the questions is kept."""
@@ -23,31 +25,37 @@ Record = dict[str, Any]
 
 
 def records_of(folders: Iterable[Path]) -> list[Record]:
-    """The records of several folders of `lragent eval study` as one: kinds `training` and `answers`.
+    """The records of several folders of `lragent eval study` as one: kinds `study`, `training` and `answers`.
 
     A cell that stands in several is put together of all. Raises UserError where they contradict each other.
     """
     trainings: dict[tuple[int, str], Record] = {}
     answers: dict[tuple[int, str, str], dict[str, Answer]] = {}
-    level = None
+    first: StudyPlan | None = None
     for path in folders:
         if not (path / PLAN).is_file():
             raise UserError(f"{path}: is no folder of `lragent eval study`.")
         plan = load_config(StudyPlan, path / PLAN)
-        if level not in (None, plan.level):
-            raise UserError(f"{path}: is a study of level {plan.level!r}, the one before it of {level!r}.")
-        level = plan.level
+        first = first or plan
+        for name in FIXED:
+            if getattr(plan, name) != getattr(first, name):
+                raise UserError(f"{path}: is a study with another `{name}` than the one before it; merge it by itself.")
         folder = StudyFolder(path, plan)
         for seed in plan.seeds:
-            for regime in plan.regimes:
+            for regime in REGIMES:  # whatever is there, also of a plan that asked for more
                 if folder.facts(seed, regime).is_file():
                     _add(trainings, (seed, regime), json.loads(folder.facts(seed, regime).read_text()), path)
-            for regime, mode in plan.cells():
-                file = folder.answers(seed, regime, mode)
-                cell = answers.setdefault((seed, regime, mode.value), {})
-                for name, answer in read_answers(file).items() if file.is_file() else ():
-                    _add(cell, name, answer, file)
-    records: list[Record] = [
+                for mode in SharingMode:
+                    file = folder.answers(seed, regime, mode)
+                    cell = answers.setdefault((seed, regime, mode.value), {})
+                    for name, answer in read_answers(file).items() if file.is_file() else ():
+                        _add(cell, name, answer, file)
+    if first is None:
+        return []
+    level = first.level
+    fixed = {name: dump_config(first)[name] for name in FIXED}
+    records: list[Record] = [{"kind": "study", **fixed, "iterations": first.asking.iterations}]
+    records += [
         {"kind": "training", "level": level, "seed": seed, "regime": regime, **facts}
         for (seed, regime), facts in sorted(trainings.items())
     ]

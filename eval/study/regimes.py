@@ -39,8 +39,8 @@ REGIMES = {
 }
 """By name, for people. `healed` goes on from `apart`."""
 
-TRAINED_FOR = {"shared": "base_lr_shared", "healed": "base_lr_shared"}
-"""The mode in which a regime is at its best; the others are so in `non_shared`, `mixed` in both."""
+FOR_SHARING = ("shared", "mixed", "healed")
+"""Those that learn to read a cache that other roles wrote."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from lragent.errors import UserError
@@ -12,6 +13,7 @@ from lragent.eval.intervals import wilson
 from lragent.eval.paired import Paired, interval
 from lragent.eval.study.merge import NOT_ASKED, Record
 from lragent.eval.study.regimes import REGIMES
+from lragent.eval.world.levels import level_named
 from lragent.modes import SharingMode
 
 BASIS = SharingMode.NON_SHARED.value
@@ -57,6 +59,11 @@ class Cell:
         return sum(n for record in self.records for ending, n in record["endings"].items() if ending != "accepted") / (
             self.asked
         )
+
+    def by_kind(self, kind: str) -> tuple[int, int]:
+        """Right answers and questions of one kind."""
+        found = [record["kinds"].get(kind, (0, 0)) for record in self.records]
+        return sum(right for right, _ in found), sum(total for _, total in found)
 
     def mean(self, name: str) -> float:
         """Mean over the questions of a number that a record has the mean of."""
@@ -124,6 +131,17 @@ class Study:
     def regimes(self) -> list[str]:
         """Those that answered in any mode."""
         return [name for name in REGIMES if any(regime == name for regime, _ in self.cells)]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of questions that were asked, in the order of the level."""
+        asked = {kind for cell in self.cells.values() for record in cell.records for kind in record["kinds"]}
+        return [kind for kind in level_named(self.level).mix if kind in asked]
+
+    def tokens(self, regime: str) -> float | None:
+        """That training a regime took, mean over the seeds; None where no record says."""
+        found = [record["tokens"] for record in self.trainings if record["regime"] == regime]
+        return fmean(found) if found else None
 
     @property
     def best(self) -> Cell | None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lragent.errors import LRAgentError, UserError
 from lragent.eval.answers import read_answers
+from lragent.eval.machines import note_machine
 from lragent.eval.study.folder import StudyFolder
 from lragent.eval.study.parts import Part, Shift, parts_of
 from lragent.eval.study.plan import StudyPlan
@@ -66,6 +67,7 @@ def _made(part: Part, folder: StudyFolder, shift: Shift) -> bool:
     with folder.claim(part.name) as claimed:
         if not claimed or part.done():
             return False
+        note_machine(folder.path)
         part.make(shift)
         return True
 

@@ -65,7 +65,7 @@ def test_only_what_is_missing_is_asked(test: TestSet, tmp_path: Path) -> None:
     with AnswerFile(tmp_path / "a.jsonl") as file:
         ask(test, 2, Oracles(test), file, FEW)
         more = Oracles(test)
-        ask(test, 5, more, file, FEW, on_answer=told.append)
+        ask(test, 5, more, file, FEW, on_answer=lambda answer, episode: told.append(answer))
         assert sorted(more.asked) == sorted(answer.id for answer in told) == [f"test-{n}" for n in (2, 3, 4)]
         assert [question.id for question in unanswered(test, 9, file)] == ["test-5"]
     found = read_answers(tmp_path / "a.jsonl")

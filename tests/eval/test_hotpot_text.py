@@ -67,9 +67,9 @@ def test_every_mode_is_measured_once(
     out = tmp_path / "records.jsonl"
     served = []
 
-    def engine(*rest: Any, sharing: SharingMode) -> Engine:
+    def engine(*rest: Any, sharing: SharingMode, **options: Any) -> Engine:
         served.append(str(sharing))
-        return Engine(*rest, sharing=sharing)
+        return Engine(*rest, sharing=sharing, **options)
 
     monkeypatch.setattr(measuring, "Engine", engine)
     assert main(words(given, out, "--modes", "non_shared,base_lr_shared", "--questions", "1")) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-PARTS = ("run", "study", "caches", "text", "merge")
+PARTS = ("run", "study", "caches", "text", "merge", "report")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -10,9 +10,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Adds `eval merge`."""
     parser = commands.add_parser(
         "merge",
-        help="put the folders of studies together in one file of records",
-        description="Reads folders of `lragent eval study` and writes what they found as one small JSONL file, which "
-        "`lragent eval report` makes a page of: right or wrong for every question of every cell, and means.",
+        help="put folders of studies and runs together in one file of records",
+        description="Reads folders of `lragent eval study` and `lragent eval run` and writes what they found as one "
+        "small JSONL file, which `lragent eval report` makes a page of: right or wrong for every question, and means.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
@@ -20,17 +20,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the file and prints the table."""
+    """Writes the file and prints the table of what studies it holds."""
     import json
 
     from rich.console import Console
 
     from lragent.atomic import write_file
-    from lragent.eval.study.merge import records_of
+    from lragent.eval.recorded import merged
     from lragent.eval.study.table import show
 
-    records = records_of(args.folders)
+    records = merged(args.folders)
     write_file(args.output, "".join(json.dumps(record) + "\n" for record in records).encode())
-    show(records, Console(highlight=False, soft_wrap=True))
+    if any(record["kind"] == "answers" for record in records):
+        show(records, Console(highlight=False, soft_wrap=True))
     print(f"{args.output}: {len(records)} records")
     return 0

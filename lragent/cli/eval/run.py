@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lragent.errors import UserError
 
 if TYPE_CHECKING:
     from lragent.eval.agent import Episode
+    from lragent.eval.run_folder import RunFolder
 
 ENDPOINT = "endpoint"
 """What stands for the sharing mode where a server has chosen it."""
@@ -41,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     flag("--iterations", type=int, default=45, metavar="N", help="of one question at most (default: 45)")
     flag("--max-tokens-in-cache", type=int, metavar="N", help="of the engine (default: what fits)")
     flag("--max-num-batched-tokens", type=int, metavar="N", help="of one of its steps (default: what suits it)")
-    flag("--trajectories", action="store_true", help="keep the messages as well, as MODE.trajectories.jsonl")
+    flag("--trajectories", action="store_true", help="keep the messages as well, as trajectories/MODE.jsonl")
     flag("-o", "--output", type=Path, required=True, metavar="DIR", help="for the answers, a file for each mode")
     parser.set_defaults(run=run)
 
@@ -55,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from lragent.eval.ask import Asking, ask, served, unanswered
     from lragent.eval.comparison import show
     from lragent.eval.openai_client import openai_endpoint
+    from lragent.eval.run_folder import RunFolder
     from lragent.eval.world.testset import load_test_set
     from lragent.modes import SharingMode
 
@@ -73,47 +73,28 @@ def run(args: argparse.Namespace) -> int:
     count = len(test.questions) if args.questions is None else min(args.questions, len(test.questions))
     if count < 1:
         raise UserError(f"--questions: must be at least 1, not {args.questions}.")
-    _begin(args)
+    folder = RunFolder(args.output)
+    folder.begin(args.world, test.level, args.roles or args.base_url, args.iterations)
     for mode in modes:
         with (
-            AnswerFile(args.output / f"{mode}.jsonl") as file,
-            (args.output / f"{mode}.trajectories.jsonl").open("a")
-            if args.trajectories
-            else nullcontext() as trajectories,
+            AnswerFile(folder.answers(mode)) as file,
             tqdm(desc=mode, total=count, initial=len(file.answers), unit="q", disable=None) as bar,
         ):
             if unanswered(test, count, file):
+                folder.note(mode, args.workers, here=args.roles is not None)
                 speaker = (
                     openai_endpoint(args.base_url, args.api_key)
                     if args.base_url
                     else served(args.model, args.roles, SharingMode(mode), asking)
                 )
                 with speaker as complete:
-                    ask(test, count, complete, file, asking, on_answer=partial(_ended, bar, trajectories))
-    show({mode: args.output / f"{mode}.jsonl" for mode in modes}, Console(highlight=False, soft_wrap=True))
+                    ended = partial(_ended, bar, folder if args.trajectories else None, mode)
+                    ask(test, count, complete, file, asking, on_answer=ended)
+    show({mode: folder.answers(mode) for mode in modes}, Console(highlight=False, soft_wrap=True))
     return 0
 
 
-def _ended(bar: Any, trajectories: IO[str] | None, answer: object, episode: Episode) -> None:
+def _ended(bar: Any, keeper: RunFolder | None, mode: str, answer: object, episode: Episode) -> None:
     bar.update()
-    if trajectories is not None:
-        trajectories.write(json.dumps({"messages": episode.messages}, ensure_ascii=False) + "\n")
-        trajectories.flush()
-
-
-def _begin(args: argparse.Namespace) -> None:
-    """The folder belongs to one team and one world."""
-    import hashlib
-
-    from lragent.atomic import write_file
-
-    team = hashlib.sha256(args.roles.read_bytes()).hexdigest() if args.roles and args.roles.is_file() else args.base_url
-    facts = {"world": hashlib.sha256(args.world.read_bytes()).hexdigest(), "team": team, "iterations": args.iterations}
-    path = args.output / "run.json"
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != facts:
-            raise UserError(f"--output: {args.output} holds answers of another team or world; name another folder.")
-    elif args.output.is_dir() and any(args.output.iterdir()):
-        raise UserError(f"--output: {args.output} holds other files; name a new folder.")
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(facts).encode())
+    if keeper is not None:
+        keeper.keep(mode, episode.messages)
