@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lragent.eval.pictures import new_figure, save
+from lragent.eval.report.pictures import new_figure, save
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """By name: points (x, y)."""

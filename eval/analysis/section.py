@@ -10,7 +10,7 @@ from lragent.eval.analysis.divergence import COMPARED
 from lragent.eval.analysis.forced import SHARED
 from lragent.eval.analysis.pictures import Curves, draw
 from lragent.eval.analysis.similarity import ADAPTER, FULL_V, KEY, KEY_ADAPTER, KEY_LR, LR, V_BASE
-from lragent.eval.markdown import image, table
+from lragent.eval.report.markdown import image, table
 
 Record = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 from lragent.eval.agent import ROLES, Ending
 from lragent.eval.hotpot.measure import ANSWERS, LOSS, STEPS, Record
 from lragent.eval.intervals import wilson
-from lragent.eval.markdown import table
+from lragent.eval.report.markdown import table
 from lragent.modes import SharingMode
 
 _MODES = [str(mode) for mode in SharingMode]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lragent.eval.pictures import new_figure, save
+from lragent.eval.report.pictures import new_figure, save
 from lragent.eval.study.summary import BASIS, Study
 from lragent.modes import SharingMode
 

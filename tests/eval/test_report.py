@@ -13,8 +13,8 @@ from lragent.cli.main import main
 from lragent.errors import UserError
 from lragent.eval.agent import Ending
 from lragent.eval.answers import Answer, AnswerFile
-from lragent.eval.recorded import merged
-from lragent.eval.report import write_report
+from lragent.eval.report.page import write_report
+from lragent.eval.report.recorded import merged
 from lragent.eval.run_folder import RunFolder
 from lragent.eval.study.folder import StudyFolder
 from lragent.eval.study.plan import StudyPlan

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lragent.atomic import write_file
-    from lragent.eval.recorded import merged
+    from lragent.eval.report.recorded import merged
     from lragent.eval.study.table import show
 
     records = merged(args.folders)

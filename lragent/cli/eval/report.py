@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Writes page and pictures."""
-    from lragent.eval.report import write_report
+    from lragent.eval.report.page import write_report
 
     write_report(args.records, args.output)
     print(f"{args.output}: written, of {len(args.records)} files of records")

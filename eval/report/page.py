@@ -8,10 +8,10 @@ from pathlib import Path
 from lragent.atomic import write_file
 from lragent.bench.machine import PACKAGES
 from lragent.errors import UserError
-from lragent.eval import speed_section
 from lragent.eval.analysis import section as analysis_section
 from lragent.eval.hotpot import section as hotpot_section
-from lragent.eval.markdown import table
+from lragent.eval.report import times
+from lragent.eval.report.markdown import table
 from lragent.eval.study import section as study_section
 from lragent.eval.study.merge import Record, read_records
 from lragent.models.source import EMBEDDED_NAME
@@ -20,7 +20,7 @@ Section = Callable[[Sequence[Record], Path], str]
 
 SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Answers", study_section.section),
-    ("Times", speed_section.section),
+    ("Times", times.section),
     ("Why", analysis_section.section),
     ("Real text", hotpot_section.section),
 )
@@ -114,7 +114,8 @@ def _machines(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _again(files: Sequence[Path], page: Path) -> list[str]:
-    command = " ".join(["lragent eval report", *(path.name for path in files), "-o", page.name])
+    shown = [path.name if path.is_absolute() else path.as_posix() for path in (*files, page)]
+    command = " ".join(["lragent eval report", *shown[:-1], "-o", shown[-1]])
     return [f"This page is made of recorded results by one command:\n\n```\n{command}\n```"]
 
 

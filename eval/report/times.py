@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lragent.eval.markdown import table
+from lragent.eval.report.markdown import table
 from lragent.eval.study.merge import Record
 
 HEADS = (

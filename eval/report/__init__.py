@@ -1,0 +1,1 @@
+"""A page of what was recorded, and what its sections have in common."""
