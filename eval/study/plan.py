@@ -42,8 +42,9 @@ class StudyPlan:
             for name in getattr(self, field_name):
                 if name not in REGIMES:
                     raise UserError(f"{field_name}: there is no {name!r}; there are {', '.join(REGIMES)}.")
-        for name in ("seeds", "regimes", "modes"):
-            if len(set(getattr(self, name))) < max(1, len(getattr(self, name))):
+        lists = {name: getattr(self, name) for name in ("seeds", "regimes", "modes")}
+        for name, values in (lists | {f"modes_of.{regime}": modes for regime, modes in self.modes_of.items()}).items():
+            if len(set(values)) < max(1, len(values)):
                 raise UserError(f"{name}: must name at least one, and none twice.")
         if "healed" in self.regimes:
             self.training.check_healing(self.world().train_count)

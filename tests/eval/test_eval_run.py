@@ -14,11 +14,14 @@ import pytest
 from tiny import make_adapter_set, save_tiny, tiny_model
 
 from lragent.cli.main import main
+from lragent.eval.agent import ROLES
 from lragent.eval.answers import read_answers
+from lragent.eval.report.recorded import merged
 from lragent.eval.world.generate import make_data_set, with_counts
 from lragent.eval.world.levels import LEVELS
 from lragent.eval.world.testset import dump_test_set
 from lragent.pack import write_pack
+from lragent.trajectories import parse_row, read_row
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,19 @@ def test_a_pack_is_asked_in_modes_and_gone_on_with(
 
     monkeypatch.setattr(ask, "Engine", None)  # no engine is needed for what is there
     assert asked(*by_pack(place), *modes) == 0
+
+
+def test_trajectories_are_kept_as_rows_to_learn_from(place: Path, tmp_path: Path, asked: Any) -> None:
+    words = [*by_pack(place), "--modes", "non_shared", "--max-num-batched-tokens", "64", "--trajectories"]
+    assert asked(*words, "--questions", "2") == 0
+    assert asked(*words) == 0
+    rows = (tmp_path / "out" / "trajectories" / "non_shared.jsonl").read_text().splitlines()
+    asked_texts = [json.loads(row)["messages"][1]["content"] for row in rows]
+    world = json.loads((place / "world.json").read_text())
+    assert sorted(asked_texts) == sorted(question["text"] for question in world["questions"])
+    for at, row in enumerate(rows):
+        assert read_row(parse_row(row, source="row"), ROLES, source=f"row {at}")
+    assert len(merged([tmp_path / "out"])) >= 1, "they are no answers, and do not disturb these"
 
 
 def test_a_question_that_is_missing_in_the_middle_is_asked(place: Path, tmp_path: Path, asked: Any) -> None:
