@@ -126,7 +126,8 @@ def _spread(study: Study) -> str:
 
 def _seeds(cell: Cell) -> str:
     shares = [100 * record["right"].count("1") / record["asked"] for record in cell.records]
-    return f"{min(shares):.1f} to {max(shares):.1f} ({100 * cell.out_of_function:.1f})"
+    spread = f"{min(shares):.1f} to {max(shares):.1f}" if len(shares) > 1 else f"{shares[0]:.1f}"
+    return f"{spread} ({100 * cell.out_of_function:.1f})"
 
 
 def _paired(study: Study) -> list[list[str]]:
@@ -146,10 +147,12 @@ def _against_best(study: Study) -> list[list[str]]:
         difference = study.from_best(regime, mode)
         if difference is not None:
             rows.append([_named(regime, mode), f"the best {_code(BASIS)}", *_difference(difference)])
-    apart, healed = (study.cells.get((regime, SHARED)) for regime in ("apart", "healed"))
-    difference = study.difference(apart, healed) if apart and healed else None
-    if difference is not None:
-        rows.append([_named("healed", SHARED), _named("apart", SHARED), *_difference(difference)])
+    healed = study.cells.get(("healed", SHARED))
+    for mode in (BASIS, SHARED):  # what these adapters gave alone, and what they gave in one cache before
+        before = study.cells.get(("apart", mode))
+        difference = study.difference(before, healed) if before and healed else None
+        if difference is not None:
+            rows.append([_named("healed", SHARED), _named("apart", mode), *_difference(difference)])
     return rows
 
 

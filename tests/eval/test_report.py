@@ -110,7 +110,9 @@ def test_against_the_best_without_sharing(page: str) -> None:
     (mixed,), (apart,) = (rows(best, f"`{regime}` in `base_lr_shared`") for regime in ("mixed", "apart"))
     assert mixed[3:] == ["1", "-11.1, +0.0", "18"], "on the nine questions of each seed that both were asked"
     assert apart[3:] == ["0.00024", "-44.4, -100.0", "18"], "13 lost"
-    healed = rows(best, "`healed` in `base_lr_shared`")[-1]
+    alone, healed = rows(best, "`healed` in `base_lr_shared`")[-2:]
+    assert alone[1] == "`apart` in `non_shared`"
+    assert alone[2].startswith("+0.0 ("), "nine right of nine that both were asked, of each seed"
     assert healed[1] == "`apart` in `base_lr_shared`"
     assert healed[2].startswith("+65.0 (")
     assert healed[3:] == ["0.00024", "+40.0, +90.0", "20"]
