@@ -13,7 +13,8 @@ from lragent.errors import UserError
 from lragent.eval.agent import Message
 from lragent.eval.answers import read_answers
 from lragent.eval.machines import machines_of, note_machine
-from lragent.eval.study.merge import Record, cell_of
+from lragent.eval.records import Record
+from lragent.eval.study.merge import cell_of
 
 RUN = "run.json"
 IDENTITY = ("world", "team", "iterations")

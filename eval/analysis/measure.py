@@ -32,6 +32,7 @@ def measure(
     model: as `resolve_model` takes it. label: None = what the pack was trained for. Raises UserError where pack, data
     and model do not fit together.
     """
+    here = facts(device)  # of what begins to measure, whatever becomes of the checkout meanwhile
     source = resolve_model(model)
     adapters = read_pack(pack, expect_fingerprint=source.fingerprint())
     renderer = Renderer(load_tokenizer(source))
@@ -53,6 +54,6 @@ def measure(
     about = {
         "kind": "caches", "label": label, "pack": pack.name, "objective": adapters.objective, "form": adapters.form,
         "prefix_writer": prefix_writer.value, "model": source.name, "data": data.name, "trajectories": len(served),
-        "tokens": sum(map(len, served)), "dtype": str(DTYPE).removeprefix("torch."), **facts(device),
+        "tokens": sum(map(len, served)), "dtype": str(DTYPE).removeprefix("torch."), **here,
     }  # fmt: skip
     return [about, *similarity.records(label), *records(moved, forced.names, label)]

@@ -10,9 +10,8 @@ from lragent.eval.analysis.divergence import COMPARED
 from lragent.eval.analysis.forced import SHARED
 from lragent.eval.analysis.pictures import Curves, draw
 from lragent.eval.analysis.similarity import ADAPTER, FULL_V, KEY, KEY_ADAPTER, KEY_LR, LR, V_BASE
+from lragent.eval.records import Record
 from lragent.eval.report.markdown import image, table
-
-Record = dict[str, Any]
 
 WHATS = (KEY, V_BASE, FULL_V, ADAPTER, LR, KEY_ADAPTER, KEY_LR)
 LEAST_SHARE = 0.1

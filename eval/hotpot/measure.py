@@ -10,16 +10,13 @@ A cell is one pack in one sharing mode. Its records are written together, and a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lragent.adapter_set import AdapterSet
-from lragent.atomic import write_file
 from lragent.chat import Renderer
 from lragent.errors import UserError
 from lragent.eval.agent import ACTION, PLAN, REFLECT, ROLES, Limits
@@ -30,6 +27,7 @@ from lragent.eval.examine import examine
 from lragent.eval.hotpot.answers import exact_match, f1
 from lragent.eval.hotpot.split import HELD_OUT, HeldOut, read_held_out
 from lragent.eval.next_step import next_steps
+from lragent.eval.records import Record, read_records, write_records
 from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.pack import read_pack
@@ -42,10 +40,10 @@ LIMITS = Limits(iterations=10, max_tokens={PLAN: 64, ACTION: 32, REFLECT: 64})
 """What 98 of 100 recorded trajectories and turns keep to."""
 LONGEST_TURN = 128
 """Tokens: more than any recorded turn has."""
+CELL = ("label", "seed", "mode")
+"""What every record says of the cell that it is of."""
 WORKERS = 32
 """Trajectories at once."""
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
     Raises UserError where pack, data and model do not fit together or cannot be used.
     """
     held_out = read_held_out(settings.data)
-    records = read_records(settings.out)
-    done = {(record["label"], record["seed"], record["mode"]) for record in records}
+    records = read_records([settings.out], ("kind", *CELL)) if settings.out.exists() else []
+    done = {tuple(record[name] for name in CELL) for record in records}
     left = [mode for mode in settings.modes if (settings.label, settings.seed, str(mode)) not in done]
     for mode in settings.modes:
         if mode not in left:
@@ -119,23 +117,8 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
             answers = _answers(engine, held_out, settings.questions)
             made.append({"kind": ANSWERS, **cell, "questions": answers})
         records += made
-        write_file(settings.out, "".join(json.dumps(record) + "\n" for record in records).encode())
+        write_records(settings.out, records)
         tell(f"  {sum(answer['right'] for answer in answers)} of {len(answers)} answers are right")
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a file; none where there is no such file. Raises UserError naming the line that is no record."""
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            record["kind"], record["label"], record["seed"], record["mode"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: is no record of `lragent eval text`; give another file.") from error
-        records.append(record)
-    return records
 
 
 def _losses(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lragent.eval.agent import ROLES, Ending
-from lragent.eval.hotpot.measure import ANSWERS, LOSS, STEPS, Record
+from lragent.eval.hotpot.measure import ANSWERS, LOSS, STEPS
 from lragent.eval.intervals import wilson
+from lragent.eval.records import Record
 from lragent.eval.report.markdown import table
 from lragent.modes import SharingMode
 

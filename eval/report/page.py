@@ -10,10 +10,10 @@ from lragent.bench.machine import PACKAGES
 from lragent.errors import UserError
 from lragent.eval.analysis import section as analysis_section
 from lragent.eval.hotpot import section as hotpot_section
+from lragent.eval.records import Record, read_records
 from lragent.eval.report import times
 from lragent.eval.report.markdown import table
 from lragent.eval.study import section as study_section
-from lragent.eval.study.merge import Record, read_records
 from lragent.models.source import EMBEDDED_NAME
 
 Section = Callable[[Sequence[Record], Path], str]

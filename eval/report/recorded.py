@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lragent.errors import UserError
 from lragent.eval.machines import machines_of
+from lragent.eval.records import Record
 from lragent.eval.run_folder import RUN, speeds_of
 from lragent.eval.study.folder import PLAN
-from lragent.eval.study.merge import Record, records_of
+from lragent.eval.study.merge import records_of
 
 
 def merged(folders: Sequence[Path]) -> list[Record]:

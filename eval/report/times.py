@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lragent.eval.records import Record
 from lragent.eval.report.markdown import table
-from lragent.eval.study.merge import Record
 
 HEADS = (
     "run", "served", "questions", "at once", "right, %", "turns", "computed", "reused", "seconds",

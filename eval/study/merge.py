@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from lragent.config import dump_config, load_config
 from lragent.errors import UserError
 from lragent.eval.answers import Answer, read_answers
+from lragent.eval.records import Record
 from lragent.eval.study.folder import FIXED, PLAN, StudyFolder
 from lragent.eval.study.plan import StudyPlan
 from lragent.eval.study.regimes import REGIMES
@@ -20,8 +21,6 @@ from lragent.modes import SharingMode
 MEANS = ("iterations", "turns", "context", "generated", "computed", "reused", "seconds", "ttft_s")
 """Numbers of an answer whose mean over the questions is kept."""
 NOT_ASKED = "-"
-
-Record = dict[str, Any]
 
 
 def records_of(folders: Iterable[Path]) -> list[Record]:
@@ -89,21 +88,3 @@ def cell_of(answers: Mapping[str, Answer]) -> Record:
         "endings": dict(sorted(Counter(answer.ending.value for answer in found).items())),
         "mean": {name: round(fmean(getattr(answer, name) for answer in found), 4) for name in MEANS},
     }
-
-
-def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The records in files of `lragent eval merge` and its like: JSON objects with a `kind`, one a line."""
-    records = []
-    for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}).") from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                record["kind"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}:{number}: is no record with a `kind` ({error}).") from error
-            records.append(record)
-    return records

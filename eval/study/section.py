@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lragent.eval.records import Record
 from lragent.eval.report.markdown import image, table
-from lragent.eval.study.merge import Record
 from lragent.eval.study.pictures import draw_accuracy, draw_cost
 from lragent.eval.study.regimes import FOR_SHARING, REGIMES
 from lragent.eval.study.summary import BASIS, Cell, Difference, Study

@@ -11,7 +11,8 @@ from typing import Any
 from lragent.errors import UserError
 from lragent.eval.intervals import wilson
 from lragent.eval.paired import Paired, interval
-from lragent.eval.study.merge import NOT_ASKED, Record
+from lragent.eval.records import Record
+from lragent.eval.study.merge import NOT_ASKED
 from lragent.eval.study.regimes import REGIMES
 from lragent.eval.world.levels import level_named
 from lragent.modes import SharingMode

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lragent.eval.study.merge import Record
+from lragent.eval.records import Record
 from lragent.eval.study.regimes import REGIMES
 from lragent.eval.study.summary import BASIS, Study
 from lragent.modes import SharingMode

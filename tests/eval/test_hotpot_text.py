@@ -17,9 +17,10 @@ from lragent.eval.agent import Limits
 from lragent.eval.engine_client import engine_complete
 from lragent.eval.examine import examine
 from lragent.eval.hotpot import measure as measuring
-from lragent.eval.hotpot.measure import TextSettings, measure, read_records
+from lragent.eval.hotpot.measure import TextSettings, measure
 from lragent.eval.hotpot.section import section
 from lragent.eval.hotpot.split import read_held_out
+from lragent.eval.records import read_records
 from lragent.modes import SharingMode
 from lragent.pack import write_pack
 from lragent.serve import Engine
@@ -73,9 +74,9 @@ def test_every_mode_is_measured_once(
 
     monkeypatch.setattr(measuring, "Engine", engine)
     assert main(words(given, out, "--modes", "non_shared,base_lr_shared", "--questions", "1")) == 0
-    first = read_records(out)
+    first = read_records([out])
     assert main(words(given, out)) == 0
-    records = read_records(out)
+    records = read_records([out])
     assert records[: len(first)] == first, "finished cells stay as they are"
     assert "random, seed 0, non_shared: is in" in capsys.readouterr().out
     assert served == ["non_shared", "base_lr_shared", "full_shared", "base_shared"]
@@ -104,7 +105,7 @@ def test_every_mode_is_measured_once(
 
     monkeypatch.setattr(measuring, "Engine", never)
     assert main(words(given, out)) == 0
-    assert read_records(out) == records
+    assert read_records([out]) == records
     with pytest.raises(AssertionError, match="nothing is left"):
         main(words(given, out, "--seed", "1"))
 
@@ -124,7 +125,7 @@ def test_a_cell_that_fails_leaves_the_others(
 
     monkeypatch.setattr(measuring, "_answers", failing)
     assert main(words(given, out, "--questions", "1")) == 130
-    assert {record["mode"] for record in read_records(out)} == {"non_shared"}
+    assert {record["mode"] for record in read_records([out])} == {"non_shared"}
 
 
 def test_the_loop_ends_on_the_real_engine_where_the_context_is_full(given: Path) -> None:

@@ -10,7 +10,8 @@ from tiny import save_tiny
 
 from lragent.cli.main import main
 from lragent.errors import UserError
-from lragent.eval.study.merge import read_records, records_of
+from lragent.eval.records import read_records
+from lragent.eval.study.merge import records_of
 from lragent.eval.study.summary import Study
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, writes the file and prints the mean KL of each mode."""
     import torch
 
-    from lragent.atomic import write_file
     from lragent.eval.analysis.measure import measure
+    from lragent.eval.records import write_records
 
     if args.trajectories < 1:
         raise UserError(f"--trajectories: must be at least 1, not {args.trajectories}.")
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     records = measure(
         args.roles, args.data, model=args.model, trajectories=args.trajectories, label=args.label, device=device
     )
-    write_file(args.output, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_records(args.output, records)
     about = records[0]
     print(f"{args.output}: {about['label']}, {about['trajectories']} trajectories of {about['tokens']:,} tokens")
     for record in records:

@@ -21,16 +21,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file and prints the table of what studies it holds."""
-    import json
 
     from rich.console import Console
 
-    from lragent.atomic import write_file
+    from lragent.eval.records import write_records
     from lragent.eval.report.recorded import merged
     from lragent.eval.study.table import show
 
     records = merged(args.folders)
-    write_file(args.output, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_records(args.output, records)
     if any(record["kind"] == "answers" for record in records):
         show(records, Console(highlight=False, soft_wrap=True))
     print(f"{args.output}: {len(records)} records")
