@@ -113,7 +113,7 @@ class AnswersPart:
 
     def done(self) -> bool:
         path = self.folder.answers(self.seed, self.regime, self.mode)
-        return path.is_file() and path.read_bytes().count(b"\n") >= self.folder.plan.asked(self.regime)
+        return path.is_file() and path.read_bytes().count(b"\n") >= self.folder.plan.asked(self.regime, self.mode)
 
     def ready(self) -> bool:
         return self.folder.facts(self.seed, self.regime).is_file()
@@ -126,7 +126,7 @@ class AnswersPart:
             served(plan.training.model, self.folder.pack(self.seed, self.regime), self.mode, plan.asking) as complete,
         ):
             ask(
-                test, plan.asked(self.regime), complete, file, plan.asking, deadline=shift.deadline,
+                test, plan.asked(self.regime, self.mode), complete, file, plan.asking, deadline=shift.deadline,
                 on_answer=lambda answer, episode: shift.answered(),
             )  # fmt: skip
             right = sum(answer.right for answer in file.answers.values())

@@ -30,18 +30,27 @@ class StudyPlan:
     modes_of: Mapping[str, tuple[SharingMode, ...]] = field(default_factory=dict)
     """Regimes that are asked in other modes than `modes`: `healed: [base_lr_shared]`."""
     questions: int = 1_000
-    """Of each regime in each mode; the same ones in all."""
-    more_questions: Mapping[str, int] = field(default_factory=dict)
-    """Regimes that are asked more, as less of a difference is to be seen: `mixed: 4000`."""
+    """Of each regime in each mode: the first ones of the test world."""
+    questions_of: Mapping[str, int] = field(default_factory=dict)
+    """Regimes, or one of them in one mode, that are asked more or fewer: `{mixed: 4000, per_role.full_shared: 620}`.
+    Few will do where nearly every answer is wrong, and cost most there, as who fails asks to the end of the limits."""
     training: Training = field(default_factory=Training)
     asking: Asking = field(default_factory=Asking)
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field that is out of range."""
-        for field_name in ("regimes", "more_questions", "modes_of"):
-            for name in getattr(self, field_name):
+        named = {name: name.partition(".") for name in self.questions_of}
+        for field_name, names in (
+            ("regimes", self.regimes),
+            ("modes_of", self.modes_of),
+            ("questions_of", [regime for regime, _, _ in named.values()]),
+        ):
+            for name in names:
                 if name not in REGIMES:
                     raise UserError(f"{field_name}: there is no {name!r}; there are {', '.join(REGIMES)}.")
+        for name, (_, dot, mode) in named.items():
+            if dot and mode not in list(SharingMode):
+                raise UserError(f"questions_of.{name}: there is no mode {mode!r}; there are {', '.join(SharingMode)}.")
         lists = {name: getattr(self, name) for name in ("seeds", "regimes", "modes")}
         for name, values in (lists | {f"modes_of.{regime}": modes for regime, modes in self.modes_of.items()}).items():
             if len(set(values)) < max(1, len(values)):
@@ -49,8 +58,8 @@ class StudyPlan:
         if "healed" in self.regimes:
             self.training.check_healing(self.world().train_count)
         most = self.world().test_count
-        more = ((f"more_questions.{regime}", count) for regime, count in self.more_questions.items())
-        for field_name, count in (("questions", self.questions), *more):
+        others = ((f"questions_of.{name}", count) for name, count in self.questions_of.items())
+        for field_name, count in (("questions", self.questions), *others):
             if not 1 <= count <= most:
                 raise UserError(f"{field_name}: must be from 1 to the test world's {most} (`test`), not {count}.")
 
@@ -58,9 +67,10 @@ class StudyPlan:
         """Each regime with each mode that it is asked in."""
         return [(regime, mode) for regime in self.regimes for mode in self.modes_of.get(regime, self.modes)]
 
-    def asked(self, regime: str) -> int:
-        """Questions that `regime` is asked in each mode."""
-        return max(self.questions, self.more_questions.get(regime, 0))
+    def asked(self, regime: str, mode: SharingMode) -> int:
+        """Questions that `regime` is asked in `mode`."""
+        of = self.questions_of
+        return of.get(f"{regime}.{mode}", of.get(regime, self.questions))
 
     def world(self) -> Level:
         """The level with this plan's counts. Raises UserError where there is none of that name."""

@@ -46,7 +46,7 @@ def run_study(
 
 
 def _wanted(plan: StudyPlan) -> int:
-    return len(plan.seeds) * sum(plan.asked(regime) for regime, _ in plan.cells())
+    return len(plan.seeds) * sum(plan.asked(*cell) for cell in plan.cells())
 
 
 def _had(folder: StudyFolder) -> int:

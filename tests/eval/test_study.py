@@ -30,7 +30,7 @@ def test_a_study_is_made_in_parts_gone_on_with_and_merged(tmp_path: Path) -> Non
     one, two = tmp_path / "one", tmp_path / "two"
     assert study(one, model, "regimes=[shared]", "--minutes", "0.0001") == 3, "there was no time for anything"
     assert study(one, model, "regimes=[shared]") == 0
-    healed = ["more_questions={healed: 4}", "modes_of={healed: [base_lr_shared]}"]
+    healed = ["questions_of={healed: 4}", "modes_of={healed: [base_lr_shared]}"]
     before = {path: path.read_bytes() for path in one.rglob("*.jsonl")}
     assert study(one, model, "regimes=[shared,healed]", *healed) == 0
     assert all(path.read_bytes() == content for path, content in before.items()), "what is done is not done again"

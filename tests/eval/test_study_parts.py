@@ -257,8 +257,12 @@ def test_a_study_that_was_killed_while_it_began_can_be_begun(tmp_path: Path) -> 
         ("training.lr=0", "training: lr: must be above 0"),
         ("asking.workers=5000", "asking: workers: must be at most 1024"),
         ("regimes=[none]", "regimes: there is no 'none'"),
-        ("more_questions={none: 2}", "more_questions: there is no 'none'"),
-        ("more_questions={mixed: 9}", r"more_questions\.mixed: must be from 1 to the test world's 4"),
+        ("questions_of={none: 2}", "questions_of: there is no 'none'"),
+        ("questions_of={mixed.none: 2}", r"questions_of\.mixed\.none: there is no mode 'none'"),
+        (
+            "questions_of={mixed.full_shared: 9}",
+            r"questions_of\.mixed\.full_shared: must be from 1 to the test world's 4",
+        ),
         ("questions=5", "questions: must be from 1 to the test world's 4"),
         ("seeds=[]", "seeds: must name at least one"),
         ("seeds=[1,1]", "seeds: must name at least one, and none twice"),
@@ -268,6 +272,14 @@ def test_a_study_that_was_killed_while_it_began_can_be_begun(tmp_path: Path) -> 
 def test_a_plan_that_could_not_be_made_is_refused_before_anything_is(word: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         planned(word)
+
+
+def test_a_regime_in_one_mode_is_asked_what_is_said_of_it_most_closely() -> None:
+    plan = planned("questions_of={mixed: 4, mixed.base_lr_shared: 1}")
+    asked = {(regime, mode.value): plan.asked(regime, mode) for regime, mode in plan.cells()}
+    assert asked["mixed", "non_shared"] == 4
+    assert asked["mixed", "base_lr_shared"] == 1
+    assert asked["shared", "non_shared"] == 2
 
 
 @pytest.mark.parametrize("word", ["train=9", "training.heal_held_out=20"])
