@@ -77,7 +77,7 @@ def launch(
     partial = out.with_name(out.name + ".partial") / "metrics.jsonl"
     printed, errors = (out.with_name(f"{out.name}.{ending}") for ending in ("out", "err"))
     with printed.open("w") as stdout, errors.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=_environment(out.parent))
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=_environment())
         try:
             asked = False
             while process.poll() is None:
@@ -101,12 +101,11 @@ def launch(
     return Launched(_rows(out / "metrics.jsonl"), summary, wall_s)
 
 
-def _environment(work: Path) -> dict[str, str]:
-    """Digests and rendered conversations are kept with the runs. Without a GPU, every process has one thread."""
-    own = {"LRAGENT_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
-    if not torch.cuda.is_available():
-        own |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return os.environ | own
+def _environment() -> dict[str, str]:
+    """This process's own. Without a GPU every process has one thread, so that they do not wait for one another's."""
+    if torch.cuda.is_available():
+        return dict(os.environ)
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -85,6 +85,12 @@ def test_no_config_is_invented(tmp_path: Path) -> None:
         launches.accelerate_config("ddp", 3, tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processes that are launched."""
+    monkeypatch.setenv("LRAGENT_CACHE", str(tmp_path / "cache"))
+
+
 SMALL = ["--shape", "tiny", "--objectives", "shared", "--tokens", "1000", "--conversations", "4", "--steps", "4",
          "--warmup", "1", "--tokens-per-batch", "1000"]  # fmt: skip
 
