@@ -12,6 +12,7 @@ BENCHMARKS = {
     "kernels": "the kernels of serving against what the GPU can do; needs a GPU",
     "training_attention": "attention with gradients over decomposed values, against torch's own; needs a GPU",
     "training": "steps of learning: MFU, memory, and an epoch shared, per role and per step",
+    "scaling": "the same training on one GPU and on several: losses, tokens/s, memory, going on after an interruption",
     "learning": "roles trained in several ways, apart and healed too: next steps right in each sharing mode",
     "trace": "trajectories over roles in the sharing modes, one or many at once, against what the machine allows",
     "steps": "a 17-step trajectory over three roles: times to first token, and decoding, against transformers + PEFT",

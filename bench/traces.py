@@ -38,6 +38,11 @@ def paper_trace(context: int, roles: Sequence[str] = ROLES) -> list[Planned]:
     return [*steps, Planned(reflect, 32, 32), Planned(reflect, 8, 8)]
 
 
+def sized_trace(tokens: int) -> list[Planned]:
+    """`paper_trace` of about `tokens` tokens in all, and at least 916."""
+    return paper_trace(max(1, (tokens - trace_tokens(paper_trace(0))) // 4))
+
+
 def team(count: int) -> tuple[str, ...]:
     """Names for `count` roles: plan, action, reflect, role4, role5 …"""
     if count < 1:

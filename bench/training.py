@@ -25,7 +25,7 @@ from rich.table import Table
 from lragent.attention import ATTENTION, register_attention
 from lragent.bench import machine
 from lragent.bench.shapes import SHAPES, random_model, shape_named
-from lragent.bench.traces import ROLES, paper_trace, trace_tokens
+from lragent.bench.traces import ROLES, sized_trace
 from lragent.errors import UserError
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.batches import PackedBatch, pack
@@ -39,7 +39,7 @@ WAYS = ("shared", "per_role", "per_step")
 
 def trajectory(tokens: int, vocabulary: int, seed: int) -> Example:
     """The paper's 17 steps, cut so that they take about `tokens` tokens (at least 916); random ids."""
-    trace = paper_trace(max(1, (tokens - trace_tokens(paper_trace(0))) // 4))
+    trace = sized_trace(tokens)
     authors: list[int] = []
     for step in trace:
         authors += [0] * step.new + [ROLES.index(step.role) + 1] * step.answer

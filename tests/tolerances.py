@@ -21,6 +21,10 @@ MODEL_TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 }
 """Of a whole tiny model's logits."""
 
+STEP_TOLERANCES: dict[torch.dtype, float] = {torch.float32: 2e-4, torch.bfloat16: 5e-3}
+"""Of a training step's losses and its gradient's norm on another number of processes, relatively: sums are taken in
+another order. By the dtype of the base."""
+
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """`got` equals `expected` as far as one operation in `dtype` allows."""

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from lragent.attention import ATTENTION
 from lragent.errors import LRAgentError, UserError
+from lragent.models import ModelSource, load_model
 from lragent.tied_lora import RoleModel
 from lragent.train.role_loss import RoleLoss
 
@@ -75,15 +79,30 @@ def engine_name(accelerator: Accelerator) -> str:
     return "one process" if accelerator.num_processes == 1 else "DDP"
 
 
+def load_base(
+    accelerator: Accelerator, source: ModelSource, dtype: torch.dtype, quantize: Literal["nf4"] | None = None
+) -> nn.Module:
+    """The frozen base, on this process's device; where ZeRO-3 loads it, this process's share of every weight.
+
+    Raises UserError as `load_model` does.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return load_model(source, dtype, accelerator.device, ATTENTION, quantize=quantize)
+    with _sharded_in(accelerator, dtype):
+        # DeepSpeed puts every share on its GPU by itself, and transformers refuses to be told where.
+        base = load_model(source, dtype, "cpu", ATTENTION)
+    _renew_rotary(base, accelerator.device)
+    return base
+
+
 @contextmanager
-def loading(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
-    """Around the loading of a base. ZeRO-3 shards weights as they are loaded, in the dtype that its config names.
+def _sharded_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
+    """ZeRO-3 shards weights as they are loaded, in the dtype that its config names.
 
     That dtype must not stand there later: the adapters would be cast to it.
     """
-    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    config = getattr(getattr(plugin, "dschf", None), "config", None)
-    if config is None or dtype is not torch.bfloat16:
+    config = accelerator.state.deepspeed_plugin.dschf.config
+    if dtype is not torch.bfloat16:
         yield
         return
     before = config.get("bf16")
@@ -92,6 +111,17 @@ def loading(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         config["bf16"] = before or {"enabled": False}
+
+
+def _renew_rotary(base: nn.Module, device: torch.device) -> None:
+    """Make the rotary embeddings of a transformers model anew, in float32.
+
+    Whatever is made while ZeRO-3 loads gets the dtype of the weights, and transformers 5.17 leaves it so: with
+    frequencies in bfloat16, angles are off by whole turns after some hundred positions.
+    """
+    for path, module in list(base.named_modules()):
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            base.set_submodule(path, type(module)(module.config).to(device))
 
 
 def shards_base(accelerator: Accelerator) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,8 @@ class RunResult:
     engine: str = "one process"
     """What shared the work out."""
     processes: int = 1
+    memory_gib: Sequence[float] = ()
+    """Of each process: the most that was allocated on its GPU, or what it holds of the machine's memory at the end."""
 
 
 def adapter_set(

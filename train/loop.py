@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from lragent.adapter_set import Objective
 from lragent.atomic import new_folder, refuse_existing
-from lragent.attention import ATTENTION, register_attention
+from lragent.attention import register_attention
 from lragent.chat import Renderer
 from lragent.config import dump_config
 from lragent.errors import UserError
-from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
+from lragent.models import ModelSource, load_tokenizer, resolve_model
 from lragent.tied_lora import RoleModel, build_role_model
 from lragent.train.check import balance
 from lragent.train.checkpoints import Checkpoint, Checkpoints, check_plan, read_checkpoint
@@ -34,7 +34,7 @@ from lragent.train.distributed import (
     Strategy,
     check_engine,
     engine_name,
-    loading,
+    load_base,
     make_accelerator,
     make_strategy,
     shards_base,
@@ -46,7 +46,7 @@ from lragent.train.flops import ModelFlops
 from lragent.train.interrupt import Interrupt
 from lragent.train.phases import Phase, phases
 from lragent.train.role_loss import RoleLoss
-from lragent.train.run import Log, Past, PhaseRun
+from lragent.train.run import Log, Past, PhaseRun, memory_gib
 from lragent.train.settings import TrainSettings
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -103,6 +103,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any] | 
                 authored=dict(zip(settings.roles, run.authored, strict=True)),
                 engine=engine_name(accelerator),
                 processes=accelerator.num_processes,
+                memory_gib=gather_object([round(memory_gib(accelerator.device), 3)]),
             )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -236,9 +237,7 @@ class _Training:
         settings = self.settings
         register_attention()
         set_seed(settings.seed)
-        dtype = DTYPES[settings.dtype]
-        with loading(self.accelerator, dtype):
-            base = load_model(self.source, dtype, self.accelerator.device, ATTENTION, quantize=settings.quantize)
+        base = load_base(self.accelerator, self.source, DTYPES[settings.dtype], settings.quantize)
         built = build_role_model(
             base,
             settings.roles,

@@ -204,7 +204,7 @@ class PhaseRun:
             for role, loss, n in zip(self.settings.roles, lost[1:], learnt[1:], strict=True)
             if n
         }
-        speed = {"tokens_per_second": agreed.tokens / seconds, "memory_gib": self._memory()}
+        speed = {"tokens_per_second": agreed.tokens / seconds, "memory_gib": memory_gib(self.accelerator.device)}
         if self.flops and self.peak:
             speed["mfu"] = agreed.flops / seconds / (self.peak * self.accelerator.num_processes)
         return {
@@ -231,12 +231,6 @@ class PhaseRun:
             f"step {self.past.done + 1}: {what} (learning rate {rate:.3g}, rows {rows}); {last}: lower `lr` or look at "
             "these rows."
         )
-
-    def _memory(self) -> float:
-        """GiB at their peak: of the GPU, or of this process."""
-        if self.accelerator.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
-        return float(psutil.Process().memory_info().rss) / 2**30
 
     # -- between steps -------------------------------------------------------------------------------------------
 
@@ -321,3 +315,10 @@ class Agreed:
     """Share of the time that is used up."""
     save: bool
     stop: bool
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB of this process: the most that was allocated on its GPU, or without one what it holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

@@ -25,6 +25,8 @@ class ZeroStrategy(Strategy):
         config["gradient_accumulation_steps"] = 1  # `last` says where a step ends
         config["gradient_clipping"] = self.clip or 0.0
         config.setdefault("zero_force_ds_cpu_optimizer", False)  # the adapters are small, and its own needs a compiler
+        # Gradients are collected in a buffer of this many numbers, by default 2 GB of them.
+        config["zero_optimization"].setdefault("reduce_bucket_size", sum(map(_numbers, self._learning())))
         if plugin.zero_stage == 3:
             from deepspeed.utils import set_z3_leaf_modules
 
@@ -91,6 +93,11 @@ class ZeroStrategy(Strategy):
 
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, moments[moment].to(self.accelerator.device), moment)
+
+
+def _numbers(parameter: Tensor) -> int:
+    """How many the whole parameter has."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _anything(device: torch.device) -> dict[str, Any]:

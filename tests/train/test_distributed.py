@@ -15,6 +15,7 @@ from torch import nn
 from lragent.attention import ATTENTION, register_attention
 from lragent.errors import LRAgentError, UserError
 from lragent.tied_lora import build_role_model
+from lragent.train import distributed
 from lragent.train.distributed import Strategy, check_engine, make_strategy, named_adapters
 from lragent.train.role_loss import RoleLoss
 
@@ -74,6 +75,29 @@ def test_an_a_that_differs_between_roles_is_never_saved() -> None:
     for get in (made.state, made.weights):
         with pytest.raises(LRAgentError, match="no longer tied"):
             get()
+
+
+@pytest.mark.parametrize("zero_3", [False, True])
+def test_zero_3_is_not_told_a_place_and_its_angles_are_whole(zero_3: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ZeRO-3 makes while it loads has the weights' dtype; a GPU to load to is refused by transformers."""
+    places: list[str] = []
+
+    def load(source: object, dtype: torch.dtype, device: object, *args: object, **options: object) -> nn.Module:
+        places.append(str(device))
+        model: nn.Module = tiny_model()
+        rotary = model.get_decoder().rotary_emb
+        rotary.inv_freq = rotary.inv_freq.bfloat16()
+        return model
+
+    monkeypatch.setattr(distributed, "load_model", load)
+    monkeypatch.setattr(distributed, "is_deepspeed_zero3_enabled", lambda: zero_3)
+    plugin = SimpleNamespace(dschf=SimpleNamespace(config={}))
+    here: Any = SimpleNamespace(device=torch.device("meta"), state=SimpleNamespace(deepspeed_plugin=plugin))
+    base: Any = distributed.load_base(here, None, torch.bfloat16)  # type: ignore[arg-type]
+    assert places == ["cpu" if zero_3 else "meta"]
+    assert base.get_decoder().rotary_emb.inv_freq.dtype == (torch.float32 if zero_3 else torch.bfloat16)
+    assert base.get_decoder().rotary_emb.inv_freq.device.type == ("meta" if zero_3 else "cpu")
+    assert plugin.dschf.config.get("bf16", {"enabled": False}) == {"enabled": False}, "adapters stay in float32"
 
 
 def accelerator(kind: DistributedType, **more: Any) -> Any:

@@ -17,7 +17,7 @@ from tiny import save_tiny
 from lragent.errors import UserError
 from lragent.models import load_model
 from lragent.pack import read_pack
-from lragent.train import loop, run, schedule
+from lragent.train import distributed, loop, run, schedule
 from lragent.train.export import RunResult
 from lragent.train.loop import train
 from lragent.train.schedule import learning_rate
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
             base.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
         return base
 
-    monkeypatch.setattr(loop, "load_model", broken)
+    monkeypatch.setattr(distributed, "load_model", broken)
     with pytest.raises(UserError, match=r"step 1: .*nan.*learning rate.*train\.jsonl:\d.*lower `lr`"):
         train(settings(data, model))
     assert sorted(path.name for path in data.parent.iterdir()) == ["train.jsonl"]
