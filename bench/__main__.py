@@ -17,6 +17,7 @@ BENCHMARKS = {
     "trace": "trajectories over roles in the sharing modes, one or many at once, against what the machine allows",
     "steps": "a 17-step trajectory over three roles: times to first token, and decoding, against transformers + PEFT",
     "soak": "a server under load for a long time: does anything leak, hang or go unanswered?",
+    "replicas": "how throughput grows with replicas behind one address, and what a killed one costs",
     "overhead": "what HTTP costs over the same engine in process: throughput, time to the first token",
 }
 """Name of the module to what it measures."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lragent.modes import PrefixWriter, SharingMode
 
 if TYPE_CHECKING:
+    from lragent.serve.api.service import Service
     from lragent.serve.api.settings import ServeSettings
 
 
@@ -77,6 +80,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=None,
         help="capture no CUDA graphs: starts faster, runs slower; for debugging",
     )
+    flag(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="engines behind this address, on a GPU each; more than one need `pip install 'lragent[replicas]'` "
+        "(default: 1, in this process)",
+    )
     flag("--seed", type=int, help="for requests without a seed of their own (default: 0)")
     flag("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="port to listen on; 0 picks a free one (default: 8000)")
@@ -113,39 +123,70 @@ def run(args: argparse.Namespace) -> int:
     configure_logging(settings.log_level, settings.log_format)
     ApiKeys(settings.api_key, settings.admin_key)  # what is wrong with them is said before anything is loaded
     with bind(settings.host, settings.port) as sock:  # before torch is imported: a taken port is said at once
-        from lragent.serve.engine.build import build_service
-
         ledger = None if settings.ledger is None else Ledger(settings.ledger, settings.prices, settings.budgets)
-        service = build_service(
-            model=settings.model,
-            roles=settings.roles,
-            lora_modules=settings.lora_modules,
-            spare_roles=SPARE if settings.roles_folder is not None else 0,
-            max_roles=settings.max_roles,
-            max_waiting=settings.max_num_waiting,
-            sharing=settings.sharing,
-            prefix_writer=settings.prefix_writer,
-            dtype=settings.dtype,
-            device=settings.device,
-            max_model_len=settings.max_model_len,
-            max_tokens_in_cache=settings.max_tokens_in_cache,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            seed=settings.seed,
-            enforce_eager=settings.enforce_eager,
-            check_integrity=settings.check_integrity,
-        )
-        gc.collect()
-        gc.freeze()  # what is in memory now stays, and a pass over all of it would hold the engine up
-        service.start()
         try:
-            serve(create_app(service, settings, ledger), service, settings, sock, _announce)
+            with _running(settings) as service:
+                serve(create_app(service, settings, ledger), service, settings, sock, _announce)
         finally:
-            service.stop(drain=False, timeout_s=float(settings.drain_s))
             if ledger is not None:
                 ledger.close()
     return 0
+
+
+@contextmanager
+def _running(settings: ServeSettings) -> Iterator[Service]:
+    """What `settings` asks for, ready to serve: an engine in this process, or several in others."""
+    from lragent.serve.engine.build import build_service
+
+    build = partial(build_service, **_engine_options(settings))
+    if settings.replicas > 1:
+        import torch
+
+        from lragent.serve.replicas.fleet import running_fleet
+
+        on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+        with running_fleet(
+            build,
+            settings.replicas,
+            on_gpu=on_gpu,
+            max_waiting=settings.max_num_waiting,
+            seed=settings.seed,
+            log_level=settings.log_level,
+        ) as fleet:
+            yield fleet
+        return
+    service = build()
+    gc.collect()
+    gc.freeze()  # what is in memory now stays, and a pass over all of it would hold the engine up
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop(drain=False, timeout_s=float(settings.drain_s))
+
+
+def _engine_options(settings: ServeSettings) -> dict[str, Any]:
+    """As `build_service` takes them."""
+    return {
+        "model": settings.model,
+        "roles": settings.roles,
+        "lora_modules": settings.lora_modules,
+        "spare_roles": SPARE if settings.roles_folder is not None else 0,
+        "max_roles": settings.max_roles,
+        "max_waiting": settings.max_num_waiting,
+        "sharing": settings.sharing,
+        "prefix_writer": settings.prefix_writer,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "max_model_len": settings.max_model_len,
+        "max_tokens_in_cache": settings.max_tokens_in_cache,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "seed": settings.seed,
+        "enforce_eager": settings.enforce_eager,
+        "check_integrity": settings.check_integrity,
+    }
 
 
 def settings_from(args: argparse.Namespace) -> ServeSettings:

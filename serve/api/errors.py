@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 
 from lragent.errors import UserError
 from lragent.serve.engine.roles import RoleRoomError
-from lragent.serve.engine.types import EngineDeadError, QueueFullError, UnknownRoleError
+from lragent.serve.engine.types import EngineDeadError, QueueFullError, ReplicaLostError, UnknownRoleError
 from lragent.serve.ledger.budgets import OverBudgetError
 from lragent.serve.ledger.ledger import LedgerFailingError
 
@@ -74,6 +74,8 @@ def as_api_error(error: Exception) -> ApiError:
         return bad_request(str(error))
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(_QUEUE_RETRY_S)})
+    if isinstance(error, ReplicaLostError):
+        return ApiError(503, str(error), code="replica_lost", headers={"Retry-After": str(_QUEUE_RETRY_S)})
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")

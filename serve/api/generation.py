@@ -49,6 +49,7 @@ def check_room(field: str, prompt: Prompt, max_model_len: int) -> None:
 
 async def gather_answers(meter: Meter, call: Call, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Run `requests` beside one another. Where one fails, the others are cancelled and its error is raised."""
+    requests = [replace(request, whole=True) for request in requests]
     gathered: list[list[Chunk]] = [[] for _ in requests]
     async with aclosing(interleave(meter, call, requests)) as pieces:
         async for index, chunk in pieces:

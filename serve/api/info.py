@@ -49,7 +49,10 @@ def info_router(context: Context, metrics: Metrics) -> APIRouter:
     async def health() -> JSONResponse:
         if not service.alive:
             raise ApiError(503, service.failure or "The engine has stopped.", code="engine_dead")
-        return JSONResponse({"status": "ok"})
+        body: dict[str, Any] = {"status": "ok"}
+        if service.replicas:
+            body["replicas"] = {"alive": sum(each.alive for each in service.replicas), "of": len(service.replicas)}
+        return JSONResponse(body)
 
     @router.get("/version", response_model=None, openapi_extra=some)
     async def version() -> JSONResponse:

@@ -163,6 +163,17 @@ class Metrics:
         evicted.add_metric([model, "base"], stats.base_evicted)
         evicted.add_metric([model, "lr"], stats.lr_evicted)
         yield evicted
+        for name, text, field_ in (
+            ("lragent:replica_alive", "Whether the replica serves.", "alive"),
+            ("lragent:replica_requests_open", "Open requests of the replica.", "open"),
+            ("lragent:replica_starts", "How often an engine has begun in its place.", "starts"),
+            ("lragent:replica_requests_left", "Open requests left behind where an engine ended.", "left"),
+        ):
+            each_replica = GaugeMetricFamily(name, text, labels=["model_name", "replica"])
+            for state in self._service.replicas:
+                each_replica.add_metric([model, state.name], getattr(state, field_))
+            if self._service.replicas:
+                yield each_replica
         if self._ledger is not None:
             yield GaugeMetricFamily(
                 "lragent:ledger_pending", "Ledger entries not on disk yet.", value=self._ledger.store.pending

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -75,8 +76,8 @@ class _State:
         self._last: tuple[float, dict[str, Any]] | None = None
         self._ledger: tuple[float, dict[str, Any]] | None = None
         """When it is to be looked at again, and what it said."""
-        self._times: OrderedDict[int, float] = OrderedDict()
-        """The cache's time, and when it was so."""
+        self._times: defaultdict[int, OrderedDict[int, float]] = defaultdict(OrderedDict)
+        """By engine: the cache's time, and when it was so."""
 
     async def now(self) -> dict[str, Any]:
         """Not older than `_FRESH_S`."""
@@ -88,10 +89,14 @@ class _State:
     async def _look(self) -> dict[str, Any]:
         service, latencies = self._context.service, self._context.latencies
         stats = service.stats()
-        cache: dict[str, Any] | None = None
+        cache: dict[str, Any] = {"truncated": False, "nodes": []}
         if service.alive:
-            view, writers, digests = await asyncio.wrap_future(service.ask(lambda engine: engine.view(MOST_NODES)))
-            cache = self._cache(view, writers, digests)
+            views = await service.views(MOST_NODES)
+            for at, view in enumerate(views):
+                of_one = self._cache(at, len(views), *view)
+                cache = {"truncated": cache["truncated"] or of_one["truncated"]} | {
+                    "nodes": cache["nodes"] + of_one["nodes"]
+                }
         roles = []
         for card in service.roles:
             name = card.name if card.parent is not None else "base"
@@ -144,7 +149,8 @@ class _State:
                 "lr_bytes_total": stats.lr_bytes_total,
                 "evicted": stats.base_evicted + stats.lr_evicted,
             }
-            | (cache or {"truncated": False, "nodes": []}),
+            | cache,
+            "replicas": [asdict(each) for each in service.replicas],
             "ledger": None if ledger is None else await self._sums(ledger),
         }
 
@@ -157,23 +163,26 @@ class _State:
             self._ledger = (time.monotonic() + max(_LEDGER_FRESH_S, 20 * took), sums)
         return self._ledger[1]
 
-    def _cache(self, view: CacheView, writers: dict[int, str], digests: dict[str, str]) -> dict[str, Any]:
-        now = time.monotonic()
-        self._times[view.now] = now
-        while len(self._times) > 600:
-            self._times.popitem(last=False)
+    def _cache(
+        self, at: int, engines: int, view: CacheView, writers: dict[int, str], digests: dict[str, str]
+    ) -> dict[str, Any]:
+        """Of the engine `at`, with ids that no other of the `engines` gives to its nodes."""
+        now, times = time.monotonic(), self._times[at]
+        times[view.now] = now
+        while len(times) > 600:
+            times.popitem(last=False)
 
         def idle(last_used: int) -> float:
             """Since the first look that saw it."""
-            return next((now - at for when, at in self._times.items() if when >= last_used), 0.0)
+            return next((now - seen for when, seen in times.items() if when >= last_used), 0.0)
 
         def named(tag: int) -> str:
             return writers.get(tag, "a role that has gone")
 
         nodes = [
             {
-                "id": node.id,
-                "parent": node.parent,
+                "id": node.id * engines + at,
+                "parent": None if node.parent is None else node.parent * engines + at,
                 "part": node.part,
                 "owner": digests.get(node.owner, "a role that has gone") if node.owner else "all roles",
                 "start": node.start,

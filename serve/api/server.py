@@ -75,6 +75,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
+            loop="asyncio",  # not uvloop, only because something else has brought it along
             http="h11",  # bounds the size of headers
             ws="none",
             lifespan="off",

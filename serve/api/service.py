@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from lragent.adapter_set import AdapterSet
 from lragent.chat_tools import ToolForm
 from lragent.modes import PrefixWriter, SharingMode
-from lragent.serve.engine.engine import Engine, EngineStats
+from lragent.serve.engine.engine import EngineStats, EngineView
 from lragent.serve.engine.role_weights import PreparedRole
-from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, RoleCard
-
-T = TypeVar("T")
+from lragent.serve.engine.types import Chunk, GenerationRequest, Prompt, ReplicaState, RoleCard
 
 
 class ChatPrompter(Protocol):
@@ -95,8 +93,13 @@ class Service(Protocol):
         """Counters, and what is going on now."""
         ...
 
-    def ask(self, question: Callable[[Engine], T]) -> Future[T]:
-        """What `question` says of the engine, between two of its steps."""
+    @property
+    def replicas(self) -> Sequence[ReplicaState]:
+        """The engines behind this service; none where it is but one, in this process."""
+        ...
+
+    async def views(self, most: int) -> list[EngineView]:
+        """The cache of each engine that lives, at most `most` nodes of it."""
         ...
 
     def prepare_role(self, adapters: AdapterSet, role: str, *, name: str, root: str) -> PreparedRole:

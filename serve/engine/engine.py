@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 MOST_WAITING = 1024
 
+EngineView = tuple[CacheView, dict[int, str], dict[str, str]]
+"""The cache, and the names of roles by writer's tag and by digest, as far as they are loaded."""
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -141,7 +144,8 @@ class Engine:
         """By row, under which lease the sampler was told of its sequence."""
         self._launched: Launched | None = None
         """A step that the device works on while the next one is made."""
-        self._end_tokens = end_tokens
+        self.end_tokens = end_tokens
+        """That end a turn."""
         self._vocab_size = vocab_size
         self._seed = seed
         self._open: dict[str, Sequence] = {}
@@ -152,6 +156,11 @@ class Engine:
     def cache(self) -> RoleCache:
         """The cache, for inspection."""
         return self._scheduler.cache
+
+    @property
+    def seats(self) -> int:
+        """Requests that run at once."""
+        return self._scheduler.max_sequences
 
     @property
     def sharing(self) -> SharingMode:
@@ -218,7 +227,7 @@ class Engine:
         if params.grammar is None and not params.min_tokens:
             return None
         matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
-        return Constraint(matcher, params.min_tokens, self._end_tokens | set(params.stop_token_ids))
+        return Constraint(matcher, params.min_tokens, self.end_tokens | set(params.stop_token_ids))
 
     def _tags(self, request: GenerationRequest, role: EngineRole) -> Ints:
         """[P], who is to write each prompt position. The role asked for stands in for those that are not loaded."""
@@ -358,7 +367,7 @@ class Engine:
             except UserError as fault:
                 self._finish(sequence, FinishReason.ERROR, "", fault=fault)
                 return
-        if (token in self._end_tokens and not params.ignore_eos) or token in params.stop_token_ids:
+        if (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids:
             self._finish(sequence, FinishReason.STOP, sequence.detokenizer.finish())
             return
         piece = sequence.detokenizer.push(token)
@@ -408,12 +417,9 @@ class Engine:
                 self.cancel(sequence.request.request_id)
 
     def _remember(self, sequence: Sequence) -> None:
-        ids = sequence.generated
-        if ids and ids[-1] in self._end_tokens:
-            ids = ids[:-1]
         key = sequence.request.prompt.key
         if key is not None:
-            self.turns.remember(key, sequence.detokenizer.text, tuple(ids))
+            self.turns.remember_turn(key, sequence.detokenizer.text, sequence.generated, self.end_tokens)
 
     def fail_all(self, error: str) -> None:
         """End every request with an error, after a fault of a step."""
@@ -422,8 +428,8 @@ class Engine:
             del self._open[sequence.request.request_id]
             self._tell(sequence, Chunk(finish_reason=FinishReason.ERROR, usage=usage, error=error))
 
-    def view(self, most: int) -> tuple[CacheView, dict[int, str], dict[str, str]]:
-        """The cache, and the names of roles by writer's tag and by digest, as far as they are loaded."""
+    def view(self, most: int) -> EngineView:
+        """At most `most` nodes of it."""
         named = self.roles.named.values()
         writers = {role.reader.writer: role.name for role in named}
         return self.cache.view(most), writers, {role.reader.digest: role.name for role in named}

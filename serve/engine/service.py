@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +18,8 @@ from lragent.chat import BASE
 from lragent.errors import UserError
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.engine.chat import ChatPrompts
-from lragent.serve.engine.engine import Engine, EngineStats
+from lragent.serve.engine.engine import Engine, EngineStats, EngineView
+from lragent.serve.engine.outbox import Outbox, as_one, handed_over
 from lragent.serve.engine.role_weights import PreparedRole
 from lragent.serve.engine.types import (
     Chunk,
@@ -28,6 +27,7 @@ from lragent.serve.engine.types import (
     FinishReason,
     GenerationRequest,
     QueueFullError,
+    ReplicaState,
     RoleCard,
     UnknownRoleError,
 )
@@ -46,10 +46,11 @@ class EngineService:
         """The base first. Replaced as a whole, never changed."""
         self.model_name = model_name
         self.failure: str | None = None
+        self.replicas: tuple[ReplicaState, ...] = ()
+        """There is but this engine."""
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Chunk], Chunk]]] = {}
-        """What the engine's thread has to hand over, by who listens where."""
+        self._outbox = Outbox()
         self._pending = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -69,6 +70,16 @@ class EngineService:
     def sharing(self) -> SharingMode:
         """The sharing mode, chosen at start."""
         return self._engine.sharing
+
+    @property
+    def seats(self) -> int:
+        """Requests that run at once."""
+        return self._engine.seats
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a turn."""
+        return self._engine.end_tokens
 
     @property
     def device(self) -> str:
@@ -165,27 +176,10 @@ class EngineService:
         def hand_over(chunk: Chunk) -> None:
             if watch is not None:
                 watch(chunk)
-            self._outbox.setdefault(loop, []).append((chunks, chunk))
+            self._outbox.put(loop, chunks, chunk)
 
         self.submit(request, hand_over)
-        return self._handed_over(request, chunks)
-
-    async def _handed_over(
-        self, request: GenerationRequest, chunks: asyncio.Queue[Chunk]
-    ) -> AsyncGenerator[Chunk, None]:
-        ended = False
-        try:
-            while not ended:
-                # Whoever listens more slowly than the engine speaks is told several pieces at once.
-                waiting = [await chunks.get()]
-                while not chunks.empty():
-                    waiting.append(chunks.get_nowait())
-                chunk = waiting[0] if len(waiting) == 1 else _as_one(waiting)
-                ended = chunk.finish_reason is not None
-                yield chunk
-        finally:
-            if not ended:
-                self.cancel(request.request_id)
+        return handed_over(chunks, partial(self.cancel, request.request_id))
 
     def ask(self, question: Callable[[Engine], T]) -> Future[T]:
         """What `question` says of the engine, in its own thread between two steps; it must be quick.
@@ -239,6 +233,10 @@ class EngineService:
 
         return self.ask(drop)
 
+    async def views(self, most: int) -> list[EngineView]:
+        """See Engine.view; of the one engine."""
+        return [await asyncio.wrap_future(self.ask(lambda engine: engine.view(most)))]
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine's counters; they may be one step apart from each other."""
         return self._engine.stats()
@@ -247,7 +245,7 @@ class EngineService:
         try:
             while self._receive():
                 self._engine.step()
-                self._deliver()
+                self._outbox.deliver()
         except Exception as fault:
             logger.exception("the engine has failed")
             with self._lock:  # from here on nothing more is put into the inbox by submit
@@ -255,19 +253,12 @@ class EngineService:
             self._engine.fail_all(self.failure)
             while not self._inbox.empty():
                 self._inbox.get()()
-        self._deliver()
-
-    def _deliver(self) -> None:
-        """Hand all that a step has said to the event loops, each woken once."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, said in outbox.items():
-            with contextlib.suppress(RuntimeError):  # it has been closed: nobody listens any more
-                loop.call_soon_threadsafe(_put_all, said)
+        self._outbox.deliver()
 
     def _receive(self) -> bool:
         """Do what was asked meanwhile; waits if there is nothing to step. False when it is time to end."""
         while True:
-            self._deliver()
+            self._outbox.deliver()
             try:
                 action = self._inbox.get(block=not self._engine.busy and not self._stopping.is_set())
             except queue.Empty:
@@ -293,11 +284,6 @@ class EngineService:
                 logger.exception("the receiver of %s has failed", request.request_id)
 
 
-def _put_all(said: list[tuple[asyncio.Queue[Chunk], Chunk]]) -> None:
-    for chunks, chunk in said:
-        chunks.put_nowait(chunk)
-
-
 def _wake() -> None:
     """Nothing to do: the engine's thread only looks up."""
 
@@ -309,14 +295,4 @@ def joined(chunks: list[Chunk]) -> Chunk:
         raise last.fault
     if last.finish_reason is FinishReason.ERROR:
         raise EngineDeadError(last.error or "The request failed.")
-    return _as_one(chunks)
-
-
-def _as_one(chunks: list[Chunk]) -> Chunk:
-    """All that they say, as the last one ends."""
-    return replace(
-        chunks[-1],
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-    )
+    return as_one(chunks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class TurnMemory:
             self._turns.move_to_end(key)
             while len(self._turns) > self._capacity:
                 self._turns.popitem(last=False)
+
+    def remember_turn(self, context: ContextKey, text: str, generated: Sequence[int], ends: Container[int]) -> None:
+        """The same for all that was `generated`; `ends` are the tokens that end a turn."""
+        turn = generated[:-1] if generated and generated[-1] in ends else generated
+        self.remember(context, text, tuple(turn))
 
     def recall(self, context: ContextKey, text: str) -> list[int] | None:
         """The ids that `text` was generated as, or None."""

@@ -34,6 +34,10 @@ class EngineDeadError(LRAgentError):
     """The engine thread has ended by a fault: nothing can be generated any more."""
 
 
+class ReplicaLostError(EngineDeadError):
+    """The engine that ran a request has gone, and others have not: the request can be sent again."""
+
+
 class QueueFullError(LRAgentError):
     """Too many requests wait already."""
 
@@ -224,6 +228,8 @@ class GenerationRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     salt: str = ""
     """Isolates tenants: nothing cached under another salt is ever found."""
+    whole: bool = False
+    """Nobody sees a piece of the answer before its end: if it is lost on the way, it can be made anew elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -286,3 +292,15 @@ class RoleCard:
     parent: str | None
     root: str
     digest: str | None
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """One of several engines. name: of its place. open: its requests. starts: how often an engine has begun there.
+    left: open requests that were left behind where one ended."""
+
+    name: str
+    alive: bool
+    open: int
+    starts: int
+    left: int

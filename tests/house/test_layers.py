@@ -27,12 +27,14 @@ SERVE_ARROWS = {
     "engine": {"cache", "engine"},
     "ledger": {"engine", "ledger"},
     "api": {"cache", "engine", "ledger", "api"},
+    "replicas": {"engine", "replicas"},
 }
 ONLY_IN = {
     "fastapi": "serve/api/",
     "uvicorn": "serve/api/",
     "starlette": "serve/api/",
     "wandb": "train/loop.py",
+    "ray": "serve/replicas/fleet.py",
 }
 """Library to the one place that may know it."""
 
@@ -155,6 +157,9 @@ def test_imports_point_down_only(path: str) -> None:
         ("serve/cache/a.py", "from lragent.serve.engine import x"),
         ("serve/cache/__init__.py", "from ..engine import x"),
         ("serve/engine/a.py", "import fastapi"),
+        ("serve/replicas/a.py", "from lragent.serve.api.settings import x"),
+        ("serve/api/a.py", "from lragent.serve.replicas.fleet import x"),
+        ("serve/replicas/link.py", "import ray"),
         ("lragent/cli/a.py", "def f():\n    import uvicorn"),
         ("eval/a.py", "from starlette.requests import Request"),
         ("eval/a.py", "import serve.engine"),

@@ -32,9 +32,13 @@ export function showHeader(state) {
   setText(byId("mode"), state.sharing);
   setText(byId("mode-words"), MODES[state.sharing] ?? "");
   setText(byId("uptime"), duration(state.uptime_s));
-  setText(byId("device"), state.device);
+  setText(byId("device"), state.device + replicas(state.replicas ?? []));
   setText(byId("context"), `${count(state.max_model_len)} tokens`);
   setText(byId("prefix-writer"), state.prefix_writer ?? "–");
   setText(byId("version"), state.version);
   showHealth(state.alive ? "alive" : "dead");
+}
+
+function replicas(all) {
+  return all.length ? `, ${all.filter((each) => each.alive).length} of ${all.length} replicas` : "";
 }

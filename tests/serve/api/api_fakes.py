@@ -27,6 +27,7 @@ from lragent.serve.engine.types import (
     GenerationRequest,
     Prompt,
     QueueFullError,
+    ReplicaState,
     RoleCard,
     TokenLogprob,
     UnknownRoleError,
@@ -97,6 +98,7 @@ class FakeService:
 
     def __init__(self) -> None:
         self.failure: str | None = None
+        self.replicas: list[ReplicaState] = []
         self.roles = [RoleCard("base", None, "/models/tiny", None)] + [
             RoleCard(name, "org/tiny", f"/packs/team#{name}", f"digest-{name}") for name in ("plan", "action")
         ]

@@ -1,0 +1,1 @@
+"""Several engines behind one service: one process and one GPU each, started and watched by Ray Serve."""

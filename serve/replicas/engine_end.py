@@ -1,0 +1,146 @@
+"""A replica's end of the wire: does for the front what it asks of this process's engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import threading
+from functools import partial
+from typing import Any
+
+from lragent.errors import LRAgentError
+from lragent.serve.engine.service import EngineService
+from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest
+from lragent.serve.replicas.wire import Answer, Ask, Cancel, Facts, Logged, Said, Stats, Submit, Wire
+
+_STATS_S = 0.25
+
+
+class EngineEnd:
+    """Serves one front until it hangs up or the engine fails. The front is told of no fault of the engine: it sees
+    this side hang up, and asks another."""
+
+    def __init__(self, service: EngineService, wire: Wire) -> None:
+        """`service` runs already."""
+        self._service, self._wire = service, wire
+        self._said: list[tuple[str, Chunk]] = []
+        self._more = threading.Condition()
+        self._ended = threading.Event()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine and the front are there."""
+        return self._service.alive and not self._ended.is_set()
+
+    def begin(self) -> None:
+        """Introduce the engine, and serve in threads from now on."""
+        self._wire.send(facts_of(self._service))
+        for work in (self._read, self._speak, self._tell_stats):
+            threading.Thread(target=work, name=f"lragent{work.__name__}", daemon=True).start()
+
+    def end(self) -> None:
+        """Hang up and end the engine. May be called twice."""
+        self._ended.set()
+        self._wire.hang_up()
+        with self._more:
+            self._more.notify()
+        self._service.stop(drain=False, timeout_s=5.0)
+
+    def _read(self) -> None:
+        for message in self._wire.messages():
+            if isinstance(message, Submit) and message.request.params.grammar is None:
+                self._submit(message.request)
+            elif isinstance(message, Submit):  # its grammar is compiled first, which may take a while
+                threading.Thread(target=self._submit, args=(message.request,), daemon=True).start()
+            elif isinstance(message, Cancel):
+                self._service.cancel(message.request_id)
+            else:
+                threading.Thread(target=self._answer, args=(message,), daemon=True).start()
+        self.end()
+
+    def _submit(self, request: GenerationRequest) -> None:
+        try:
+            self._service.submit(request, partial(self._say, request.request_id))
+        except Exception as fault:
+            known = fault if isinstance(fault, LRAgentError) else None
+            self._say(request.request_id, Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=known))
+
+    def _say(self, request_id: str, chunk: Chunk) -> None:
+        if self._service.failure is not None:
+            self._wire.hang_up()
+            return
+        with self._more:
+            self._said.append((request_id, chunk))
+            self._more.notify()
+
+    def _speak(self) -> None:
+        while not self._ended.is_set():
+            with self._more:
+                while not self._said and not self._ended.is_set():
+                    self._more.wait()
+                said, self._said = self._said, []
+            self._send(Said(said))
+
+    def _answer(self, asked: Ask) -> None:
+        try:
+            answer = Answer(asked.number, asked.question(self._service))
+            pickle.dumps(answer)
+        except Exception as fault:
+            answer = Answer(asked.number, error=_travelling(fault))
+        self._send(answer)
+
+    def _tell_stats(self) -> None:
+        told = None
+        while not self._ended.wait(_STATS_S):
+            stats = self._service.stats()
+            if stats != told:
+                told = stats
+                self._send(Stats(stats))
+
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # the front has gone, which `_read` finds out
+            self._wire.send(message)
+
+
+class WireHandler(logging.Handler):
+    """Sends what is logged here to the front, which writes it as it writes its own."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self._wire = wire
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        names = ("name", "levelno", "levelname", "created", "msecs")
+        fields = {name: getattr(record, name) for name in names} | {"msg": text, "args": None}
+        with contextlib.suppress(OSError):
+            self._wire.send(Logged(fields))
+
+
+def facts_of(service: EngineService) -> Facts:
+    """What the front must know of `service`."""
+    return Facts(
+        pid=os.getpid(),
+        model_name=service.model_name,
+        roles=service.roles,
+        sharing=service.sharing,
+        prefix_writer=service.prefix_writer,
+        device=service.device,
+        max_model_len=service.max_model_len,
+        seats=service.seats,
+        end_tokens=service.end_tokens,
+        tokenizer=service.tokenizer,
+    )
+
+
+def _travelling(fault: Exception) -> Exception:
+    """`fault`, or one of its words where it cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(fault))
+    except Exception:
+        return RuntimeError(f"{type(fault).__name__}: {fault}")
+    return fault

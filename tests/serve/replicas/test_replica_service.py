@@ -1,0 +1,256 @@
+"""What becomes of requests, roles and figures where replicas come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import pytest
+from replica_fakes import FakeReplica, fake_fleet, wait_for
+
+from lragent.errors import UserError
+from lragent.serve.engine.engine import EngineStats, TokenSums
+from lragent.serve.engine.types import (
+    Chunk,
+    EngineDeadError,
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    QueueFullError,
+    ReplicaLostError,
+    SamplingParams,
+)
+from lragent.serve.replicas.service import MOST_TRIES, ReplicatedService
+from lragent.serve.replicas.wire import Stats
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def request(name: str = "r", *, whole: bool = True, params: SamplingParams = GREEDY) -> GenerationRequest:
+    return GenerationRequest(name, "plan", Prompt((5, 6, 7)), params, whole=whole)
+
+
+async def gathered(service: ReplicatedService, asked: GenerationRequest, seen: list[Chunk] | None = None) -> Chunk:
+    chunks = [chunk async for chunk in service.stream(asked, None if seen is None else seen.append)]
+    assert [chunk.finish_reason is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    return chunks[-1]
+
+
+def having(replicas: list[FakeReplica]) -> FakeReplica | None:
+    return next((each for each in replicas if each.submitted), None)
+
+
+def played(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 10))
+
+
+async def met(holds: Callable[[], Any]) -> Any:
+    return await asyncio.to_thread(wait_for, holds)
+
+
+def test_a_whole_answer_is_made_anew_elsewhere_and_ends_once() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            seen: list[Chunk] = []
+            answering = asyncio.create_task(gathered(service, request(), seen))
+            first = await met(partial(having, replicas))
+            first.say("r", Chunk("lost", (9,)))
+            await met(lambda: seen)
+            first.die()
+            other = next(each for each in replicas if each is not first)
+            await met(lambda: other.submitted)
+            other.finish("r")
+            answer = await answering
+            assert (answer.text, answer.token_ids, answer.finish_reason) == ("done", (7,), FinishReason.STOP)
+            assert [chunk.finish_reason for chunk in seen] == [None, None, FinishReason.STOP]
+            assert service.replicas[0].left + service.replicas[1].left == 1
+            assert service.alive
+            assert sum(each.alive for each in service.replicas) == 1
+
+    played(work)
+
+
+def test_a_stream_is_made_anew_only_before_its_first_piece() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            answering = asyncio.create_task(gathered(service, request(whole=False)))
+            first = await met(partial(having, replicas))
+            first.die()
+            other = next(each for each in replicas if each is not first)
+            await met(lambda: other.submitted)
+            chunks = []
+            other.say("r", Chunk("a", (9,)))
+            other.die()
+            last = await answering
+            chunks.append(last)
+            assert last.finish_reason is FinishReason.ERROR
+            assert isinstance(last.fault, ReplicaLostError)
+            assert "send the request again" in str(last.fault)
+
+    played(work)
+
+
+def test_a_request_that_ends_every_replica_does_not_end_them_all() -> None:
+    async def work() -> None:
+        with fake_fleet(MOST_TRIES + 1) as (service, replicas):
+            answering = asyncio.create_task(gathered(service, request()))
+            left = list(replicas)
+            for _ in range(MOST_TRIES):
+                poor = await met(partial(having, left))
+                left.remove(poor)
+                poor.die()
+            assert isinstance((await answering).fault, ReplicaLostError)
+            assert not having(left)
+
+    played(work)
+
+
+def test_a_request_that_was_given_up_is_not_made_anew() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            seen: list[Chunk] = []
+            answering = asyncio.create_task(gathered(service, request(), seen))
+            first = await met(partial(having, replicas))
+            service._runs["r"].cancelled = True  # its message is on the way when the replica goes
+            first.die()
+            assert (await answering).finish_reason is FinishReason.CANCELLED
+            assert not any(each.submitted for each in replicas if each is not first)
+
+    played(work)
+
+
+def test_leaving_early_cancels_in_the_replica() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            chunks = service.stream(request(whole=False))
+            first = await met(partial(having, replicas))
+            first.say("r", Chunk("a", (9,)))
+            await anext(chunks)
+            await chunks.aclose()
+            await met(lambda: first.cancelled == ["r"])
+            await met(lambda: not service._runs)
+
+    played(work)
+
+
+def test_the_queue_is_one_and_bounded() -> None:
+    async def work() -> None:
+        with fake_fleet(max_waiting=2) as (service, _):
+            waiting = [asyncio.create_task(gathered(service, request(name))) for name in "ab"]
+            await asyncio.sleep(0.05)
+            with pytest.raises(QueueFullError, match="2 requests are open"):
+                service.stream(request("c"))
+            service.cancel("a")
+            assert (await waiting[0]).finish_reason is FinishReason.CANCELLED
+            service.cancel("b")
+            await waiting[1]
+
+    played(work)
+
+
+def test_without_any_replica_nothing_is_taken_and_one_that_comes_back_serves() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            for each in replicas:
+                each.die()
+            await met(lambda: not service.alive)
+            assert "started anew" in (service.failure or "")
+            with pytest.raises(EngineDeadError, match="No replica runs"):
+                service.stream(request())
+            assert not service._runs
+            new = FakeReplica(service)
+            assert new.began
+            assert service.alive
+            assert [state.starts for state in service.replicas] == [2, 1]
+            answering = asyncio.create_task(gathered(service, request()))
+            await met(lambda: new.submitted)
+            new.finish("r")
+            assert (await answering).text == "done"
+
+    played(work)
+
+
+def test_what_is_wrong_with_a_request_is_told_and_not_tried_elsewhere() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            answering = asyncio.create_task(gathered(service, request()))
+            first = await met(partial(having, replicas))
+            first.say("r", Chunk(finish_reason=FinishReason.ERROR, error="no", fault=UserError("prompt: no")))
+            last = await answering
+            assert isinstance(last.fault, UserError)
+            assert sum(len(each.submitted) for each in replicas) == 1
+
+    played(work)
+
+
+def test_draws_do_not_depend_on_the_replica() -> None:
+    async def work() -> None:
+        with fake_fleet(seed=40) as (service, replicas):
+            names = "abcd"
+            streams = [service.stream(request(name, params=SamplingParams())) for name in names]
+            await met(lambda: sum(len(each.submitted) for each in replicas) == 4)
+            seeds = {each.request_id: each.params.seed for one in replicas for each in one.submitted}
+            assert seeds == dict(zip(names, range(41, 45), strict=True))
+            for stream in streams:
+                await stream.aclose()
+
+    played(work)
+
+
+def test_counters_of_a_replica_that_has_gone_stay() -> None:
+    with fake_fleet() as (service, replicas):
+        for at, each in enumerate(replicas):
+            roles = {"plan": TokenSums(finished=at + 1)}
+            each.wire.send(Stats(EngineStats(finished=at + 1, running=3, slots_total=100, roles=roles)))
+        wait_for(lambda: service.stats().finished == 3)
+        assert (service.stats().running, service.stats().slots_total) == (6, 200)
+        replicas[1].die()
+        wait_for(lambda: service.stats().running == 3)
+        assert service.stats().finished == 3
+        assert service.stats().roles["plan"].finished == 3
+        assert service.stats().slots_total == 100
+
+
+def test_roles_come_and_go_on_all_replicas_and_on_those_that_begin_later() -> None:
+    with fake_fleet() as (service, replicas):
+        adapters: Any = "adapters"
+        prepared = service.prepare_role(adapters, "plan", name="new", root="/roles/new")
+        assert prepared.digest == "digest"
+        service.load_role(prepared).result(5)
+        service.unload_role("plan").result(5)
+        assert [card.name for card in service.roles] == ["base", "new"]
+        for each in replicas:
+            assert each.asked == ["_prepare", "_load", "_unload"]
+        replicas[0].die()
+        wait_for(lambda: not all(state.alive for state in service.replicas))
+        assert FakeReplica(service).asked == ["_unload", "_load"]
+
+
+def test_a_role_that_does_not_fit_is_refused_and_one_replica_that_fails_alone_begins_anew() -> None:
+    with fake_fleet() as (service, replicas):
+        adapters: Any = "adapters"
+        replicas[0].refusal = UserError("lora_path: is of another base.")
+        with pytest.raises(UserError, match="another base"):
+            service.prepare_role(adapters, "plan", name="new", root="/roles/new")
+        replicas[0].refusal = None
+        prepared = service.prepare_role(adapters, "plan", name="new", root="/roles/new")
+        replicas[0].refusal = RuntimeError("out of memory")
+        service.load_role(prepared).result(5)
+        wait_for(lambda: sum(state.alive for state in service.replicas) == 1)
+        assert [card.name for card in service.roles] == ["base", "plan", "new"]
+
+
+def test_stopping_ends_what_runs() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            answering = asyncio.create_task(gathered(service, request()))
+            await met(partial(having, replicas))
+            await asyncio.to_thread(service.stop, False, 5.0)
+            assert (await answering).finish_reason is FinishReason.CANCELLED
+            assert not service.alive
+            with pytest.raises(EngineDeadError, match="shutting down"):
+                service.stream(request("late"))
+
+    played(work)
