@@ -151,7 +151,7 @@ def test_a_grammar_is_compiled_once_and_begun_anew_each_time() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_no_end_before_its_time(ahead: bool) -> None:
     engine = tiny_engine("base_lr_shared", ahead=ahead)
-    ends = engine._end_tokens
+    ends = engine.end_tokens
     bias = dict.fromkeys(ends, 100.0)  # it would end at once
     short, long = run(
         engine,

@@ -23,10 +23,10 @@ def prompt(*parts: tuple[int, int]) -> npt.NDArray[np.int32]:
 
 def test_a_trajectory_stays_and_new_ones_take_turns() -> None:
     affinity, system = Affinity(), (99, 300)
-    first = {each: affinity.choose("", prompt(system, (each, 20)), IDLE) for each in range(6)}
-    assert sorted(Counter(first.values()).values()) == [3, 3]
+    first = {each: affinity.choose("", prompt(system, (each, 20)), IDLE) for each in range(7)}
+    assert sorted(Counter(first.values()).values()) == [3, 4]
     for turn in range(1, 5):
-        for each in range(6):
+        for each in range(7):
             grown = prompt(system, (each, 20), *((100 * each + at, 7) for at in range(turn)))
             assert affinity.choose("", grown, IDLE) == first[each]
     affinity.check_integrity()

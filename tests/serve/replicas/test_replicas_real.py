@@ -120,7 +120,7 @@ def test_answers_are_those_of_one_engine(
 
 def test_a_conversation_stays_with_its_cache(server: tuple[httpx.Client, subprocess.Popen[str]]) -> None:
     http, _ = server
-    talks: list[list[dict[str, str]]] = [[{"role": "user", "content": f"Question {at}?"}] for at in range(4)]
+    talks: list[list[dict[str, str]]] = [[{"role": "user", "content": f"Question {at}?"}] for at in range(3)]
     sizes = [0] * len(talks)
     for turn in range(3):
         for at, messages in enumerate(talks):
