@@ -20,6 +20,8 @@ REMEMBERED = 65_536
 """Prompts whose replica is known."""
 WORTH_TOKENS = 2048
 """A prefix of so many tokens is worth keeping to its replica even where others have gone on from it already."""
+_AT_ONCE = 256
+"""Lengths that are looked up together: one by one, numpy's numbers take most of the time."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,15 @@ class Affinity:
 
     def _longest(self, hashes: npt.NDArray[np.uint64]) -> tuple[int, _Known | None]:
         """The longest known prompt among the prefixes, and its length."""
-        for at in range(bisect_right(self._lengths, len(hashes)) - 1, -1, -1):
-            length = self._lengths[at]
-            known = self._known.get(int(hashes[length - 1]))
-            if known is not None:
-                return length, known
+        end = bisect_right(self._lengths, len(hashes))
+        while end > 0:
+            lengths = self._lengths[max(0, end - _AT_ONCE) : end]
+            names = hashes[np.array(lengths) - 1].tolist()
+            for length, name in zip(reversed(lengths), reversed(names), strict=True):
+                known = self._known.get(name)
+                if known is not None:
+                    return length, known
+            end -= len(lengths)
         return 0, None
 
     def _remember(self, name: int, length: int, replica: int) -> None:
