@@ -156,6 +156,7 @@ def _ray_serve(folder: Path, gpus: int) -> Iterator[None]:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ray.init(
+        address="local",  # whatever RAY_ADDRESS says
         include_dashboard=False,
         num_cpus=1,
         num_gpus=gpus,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,6 +17,8 @@ from lragent.serve.engine.types import Chunk, GenerationRequest, ReplicaLostErro
 from lragent.serve.replicas.wire import Answer, Ask, Cancel, Facts, Logged, Said, Stats, Submit, Wire
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -44,6 +48,7 @@ class Link:
         self._open: dict[str, Listener] = {}
         self._asked: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
+        self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     @property
     def open(self) -> int:
@@ -78,21 +83,39 @@ class Link:
         """`read` ends, and the replica too."""
         self._wire.hang_up()
 
+    def write(self) -> None:
+        """Send what is to be said, until `read` has ended. In a thread of its own: a replica that does not listen for
+        a while must not keep those waiting who speak to others."""
+        while (message := self._outgoing.get()) is not None:
+            try:
+                self._wire.send(message)
+            except OSError:
+                self.hang_up()  # `read` finds out, and tells
+
     def read(self, gone: Callable[[], None]) -> None:
         """Hand out what the replica says, until it has gone; then call `gone`, and tell everybody who waits."""
         outbox = Outbox()
-        for message in self._wire.messages():
-            self._take(message, outbox)
-            outbox.deliver()
+        try:
+            for message in self._wire.messages():
+                self._take(message, outbox)
+                outbox.deliver()
+        except Exception:
+            logger.exception("replica %d has said what cannot be taken, and begins anew", self.place)
+            self.hang_up()
         gone()
+        self._outgoing.put(None)
         with self._lock:
             self._gone = True
             listeners, self._open = list(self._open.values()), {}
             asked, self._asked = list(self._asked.values()), {}
         for listener in listeners:
-            listener.lost(outbox)
+            try:
+                listener.lost(outbox)
+            except Exception:
+                logger.exception("a request of replica %d could not be told that it is lost", self.place)
         for answer in asked:
-            answer.set_exception(_lost())
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(_lost())
         outbox.deliver()
 
     def _take(self, message: Any, outbox: Outbox) -> None:
@@ -101,11 +124,13 @@ class Link:
                 ended = chunk.finish_reason is not None
                 listener = self._open.pop(request_id, None) if ended else self._open.get(request_id)
                 if listener is not None:
-                    listener.take(chunk, outbox)
+                    self._tell(listener, request_id, chunk, outbox)
         elif isinstance(message, Stats):
             self.stats = message.stats
         elif isinstance(message, Answer):
             answer = self._asked.pop(message.number)
+            if not answer.set_running_or_notify_cancel():
+                return  # nobody waits any more
             if message.error is None:
                 answer.set_result(message.value)
             else:
@@ -113,11 +138,17 @@ class Link:
         else:
             cast(Logged, message).write(f"replica {self.place}")
 
-    def _send(self, message: Any) -> None:
+    def _tell(self, listener: Listener, request_id: str, chunk: Chunk, outbox: Outbox) -> None:
+        """As the engine does: the request of whoever fails to take a piece is cancelled, and nobody else notices."""
         try:
-            self._wire.send(message)
-        except OSError:
-            self.hang_up()  # `read` finds out, and tells
+            listener.take(chunk, outbox)
+        except Exception:
+            logger.exception("the receiver of %s has failed", request_id)
+            if chunk.finish_reason is None:
+                self.cancel(request_id)
+
+    def _send(self, message: Any) -> None:
+        self._outgoing.put(message)
 
 
 def _lost() -> ReplicaLostError:

@@ -71,6 +71,8 @@ class ReplicatedService:
         self._starts = [0] * places
         self._left = [0] * places
         self._next_number = 0
+        self._forgotten: set[int] = set()
+        """Numbers of replicas that went before they were listed."""
         self._runs: dict[str, _Run] = {}
         self._ended = EngineStats()
         """Counters of replicas that have gone."""
@@ -109,18 +111,27 @@ class ReplicatedService:
         with self._loaded.lock:  # no role may come or go between its catching up and its first request
             with self._lock:
                 place = self._free_place()
+                if place is None:
+                    logger.warning("a replica comes before the one that it replaces has gone; it is sent away")
+                    wire.hang_up()
+                    return
                 link = Link(wire, facts, self._next_number, place)
                 self._next_number += 1
             reading = threading.Thread(target=self._read, args=(link,), name=f"lragent-replica-{place}", daemon=True)
             reading.start()
+            threading.Thread(target=link.write, name=f"lragent-to-replica-{place}", daemon=True).start()
             try:
                 self._loaded.catch_up(link)
             except Exception:
                 logger.exception("replica %d could not be given the roles that were loaded meanwhile", place)
                 link.hang_up()
                 reading.join()
+                self._forgotten.discard(link.number)
                 return
             with self._lock:
+                if link.number in self._forgotten:  # it went before it could be listed
+                    self._forgotten.remove(link.number)
+                    return
                 self._links[link.number] = link
                 self._starts[place] += 1
         logger.info("replica %d serves in process %d", place, facts.pid)
@@ -129,11 +140,17 @@ class ReplicatedService:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UserError where `request` cannot be served; a new grammar is compiled here."""
-        with self._lock:
-            link = next(iter(self._links.values()), None)
-        if link is None:
-            raise self._none()
-        link.ask(partial(_check, request)).result()
+        for tries in range(1, MOST_TRIES + 1):
+            with self._lock:
+                link = next(iter(self._links.values()), None)
+            if link is None:
+                raise self._none()
+            try:
+                link.ask(partial(_check, request)).result()
+                return
+            except ReplicaLostError:
+                if tries == MOST_TRIES:
+                    raise
 
     def stream(
         self, request: GenerationRequest, watch: Callable[[Chunk], None] | None = None
@@ -239,6 +256,7 @@ class ReplicatedService:
     def _forget(self, link: Link) -> None:
         with self._lock:
             if self._links.pop(link.number, None) is None:
+                self._forgotten.add(link.number)
                 return
             self._affinity.forget(link.number)
             self._ended = added([self._ended, counters_of(link.stats)])
@@ -258,9 +276,9 @@ class ReplicatedService:
         with self._lock:
             return list(self._links.values())
 
-    def _free_place(self) -> int:
+    def _free_place(self) -> int | None:
         taken = {link.place for link in self._links.values()}
-        return next(place for place in range(len(self._starts) + 1) if place not in taken)
+        return next((place for place in range(len(self._starts)) if place not in taken), None)
 
     def _none(self) -> EngineDeadError:
         return EngineDeadError("The server is shutting down." if self._stopping else f"{self.failure}.")

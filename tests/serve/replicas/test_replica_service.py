@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from replica_fakes import FakeReplica, fake_fleet, wait_for
+from replica_fakes import FACTS, FakeReplica, fake_fleet, wait_for
 
 from lragent.errors import UserError
 from lragent.serve.engine.engine import EngineStats, TokenSums
@@ -23,7 +26,7 @@ from lragent.serve.engine.types import (
     SamplingParams,
 )
 from lragent.serve.replicas.service import MOST_TRIES, ReplicatedService
-from lragent.serve.replicas.wire import Stats
+from lragent.serve.replicas.wire import Stats, Wire
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -252,5 +255,62 @@ def test_stopping_ends_what_runs() -> None:
             assert not service.alive
             with pytest.raises(EngineDeadError, match="shutting down"):
                 service.stream(request("late"))
+
+    played(work)
+
+
+def a_pair() -> tuple[socket.socket, Wire]:
+    """A replica's end, and the front's wire."""
+    mine, front = socket.socketpair()
+    return mine, Wire(Connection(front.detach()))
+
+
+def test_a_replica_that_went_while_it_came_in_is_given_nothing() -> None:
+    with fake_fleet(1) as (service, replicas):
+        replicas[0].die()
+        wait_for(lambda: not service.alive)
+        for _ in range(20):
+            gone, front = a_pair()
+            gone.close()
+            service.run(front, FACTS, lambda: None)
+        assert not service.alive
+
+
+def test_one_that_comes_before_a_place_is_free_is_sent_away() -> None:
+    with fake_fleet(2) as (service, _):
+        late, front = a_pair()
+        service.run(front, FACTS, lambda: None)
+        assert late.recv(1) == b"", "it was hung up on"
+        assert [each.alive for each in service.replicas] == [True, True]
+
+
+def test_one_that_does_not_listen_keeps_nobody_waiting() -> None:
+    async def work() -> None:
+        service = ReplicatedService(FACTS, 1, max_waiting=100, seed=0)
+        deaf, front = a_pair()
+        threading.Thread(target=service.run, args=(front, FACTS, lambda: None), daemon=True).start()
+        await met(lambda: service.alive)
+        long = Prompt(tuple(range(300)) * 4000)  # more than the socket holds
+        service.stream(GenerationRequest("long", "plan", long, GREEDY, whole=True))
+        service.cancel("long")
+        deaf.close()
+
+    played(work)
+
+
+def test_who_fails_to_take_a_piece_ends_that_request_only() -> None:
+    def fail(chunk: Chunk) -> None:
+        raise ValueError("full")
+
+    async def work() -> None:
+        with fake_fleet(1) as (service, replicas):
+            service.stream(request("bad"), fail)
+            good = asyncio.create_task(gathered(service, request("good")))
+            await met(lambda: len(replicas[0].submitted) == 2)
+            replicas[0].say("bad", Chunk("x", (9,)))
+            await met(lambda: replicas[0].cancelled == ["bad"])
+            replicas[0].finish("good")
+            assert (await good).text == "done"
+            assert service.alive
 
     played(work)
