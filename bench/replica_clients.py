@@ -69,21 +69,13 @@ class Persistent:
     """A client that streams every other request only, and sends what has broken off again, as it is told to."""
 
     url: str
+    http: httpx.AsyncClient
     streaming: Endpoint
     ends: list[float] = field(default_factory=list)
     sent_again: int = 0
 
     def __post_init__(self) -> None:
-        self._http = httpx.AsyncClient(timeout=TIMEOUT_S)
         self._numbers = itertools.count()
-
-    async def __aenter__(self) -> Persistent:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._http.aclose()
 
     async def ask(self, role: str, prompt: Sequence[int], answer: int) -> Answer:
         """See Client. Only streams are sent again: an answer in one piece must not fail at all."""
@@ -108,7 +100,7 @@ class Persistent:
         body = {"model": role, "prompt": list(prompt), "max_tokens": answer, "temperature": 0, "ignore_eos": True}
         began = time.perf_counter()
         try:
-            response = await self._http.post(f"{self.url}/completions", json=body | {"return_token_ids": True})
+            response = await self.http.post(f"{self.url}/completions", json=body | {"return_token_ids": True})
         except httpx.HTTPError as error:
             raise LRAgentError(f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
@@ -125,7 +117,11 @@ async def played(url: str, part: Part) -> Outcome:
     """Play `part` to the server at `url`, which ends in /v1."""
     load = Load(part.trajectories, part.concurrent)
     trace, began = part.trace(), time.time()
-    async with Endpoint(url, {role: role for role in team(3)}) as endpoint, Persistent(url, endpoint) as persistent:
+    async with (
+        Endpoint(url, {role: role for role in team(3)}) as endpoint,
+        httpx.AsyncClient(timeout=TIMEOUT_S) as http,
+    ):
+        persistent = Persistent(url, http, endpoint)
         client = persistent if part.persistent else endpoint
         done = await play(client, trace, load, vocabulary=part.vocabulary, seed=part.seed)
     return _outcome(done, began, persistent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import signal
 import subprocess
@@ -91,9 +90,7 @@ def _service(served: Served, replicas: int, apart: bool) -> Iterator[Service]:
             yield fleet
         return
     service = build(served)
-    gc.collect()
-    gc.freeze()  # as `lragent serve` does
-    service.start()
+    service.start(freeze=True)
     try:
         yield service
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,9 +155,7 @@ def _running(settings: ServeSettings) -> Iterator[Service]:
             yield fleet
         return
     service = build()
-    gc.collect()
-    gc.freeze()  # what is in memory now stays, and a pass over all of it would hold the engine up
-    service.start()
+    service.start(freeze=True)
     try:
         yield service
     finally:

@@ -9,7 +9,6 @@ ask for a token that is made here, its files are in a temporary folder.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import queue
@@ -214,9 +213,7 @@ class EngineReplica:
             mendable = isinstance(error, UserError)
             wire.send(Refused(str(error) if mendable else f"{type(error).__name__}: {error}", mendable))
             raise
-        gc.collect()
-        gc.freeze()  # as `lragent serve` does
-        service.start()
+        service.start(freeze=True)
         self._end = EngineEnd(service, wire)
         self._end.begin()
 

@@ -42,6 +42,8 @@ class Link:
         self.place = place
         self.stats = EngineStats()
         """As it last told."""
+        self.forgotten = False
+        """Whether it has gone, and is given nothing more."""
         self._wire = wire
         self._lock = threading.Lock()
         self._gone = False

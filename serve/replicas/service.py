@@ -71,8 +71,6 @@ class ReplicatedService:
         self._starts = [0] * places
         self._left = [0] * places
         self._next_number = 0
-        self._forgotten: set[int] = set()
-        """Numbers of replicas that went before they were listed."""
         self._runs: dict[str, _Run] = {}
         self._ended = EngineStats()
         """Counters of replicas that have gone."""
@@ -126,11 +124,9 @@ class ReplicatedService:
                 logger.exception("replica %d could not be given the roles that were loaded meanwhile", place)
                 link.hang_up()
                 reading.join()
-                self._forgotten.discard(link.number)
                 return
             with self._lock:
-                if link.number in self._forgotten:  # it went before it could be listed
-                    self._forgotten.remove(link.number)
+                if link.forgotten:  # it went before it could be listed
                     return
                 self._links[link.number] = link
                 self._starts[place] += 1
@@ -255,8 +251,8 @@ class ReplicatedService:
 
     def _forget(self, link: Link) -> None:
         with self._lock:
+            link.forgotten = True
             if self._links.pop(link.number, None) is None:
-                self._forgotten.add(link.number)
                 return
             self._affinity.forget(link.number)
             self._ended = added([self._ended, counters_of(link.stats)])
