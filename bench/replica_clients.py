@@ -221,8 +221,8 @@ def summed(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "tokens_s": round(sum(each.tokens for each in outcomes) / seconds, 1),
         "requests_s": round(len(first) / seconds, 2),
         "generated_s": round(sum(each.generated for each in outcomes) / seconds, 1),
-        "ttft_ms": round(1e3 * percentile(first, 0.5), 2),
-        "ttft_p95_ms": round(1e3 * percentile(first, 0.95), 2),
-        "cached_share": round(sum(each.cached for each in outcomes) / prompt, 4),
+        "ttft_ms": round(1e3 * percentile(first, 0.5), 2) if first else None,
+        "ttft_p95_ms": round(1e3 * percentile(first, 0.95), 2) if first else None,
+        "cached_share": round(sum(each.cached for each in outcomes) / max(prompt, 1), 4),
         "failures": [failure for each in outcomes for failure in each.failures],
     }

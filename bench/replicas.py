@@ -114,6 +114,7 @@ def killed(args: argparse.Namespace, served: Served, console: Console) -> dict[s
         Clients(url, args.clients) as clients,
         httpx.Client(base_url=url, timeout=30.0, trust_env=False) as http,
     ):
+        began = time.time()
         clients.begin(split(whole, clients.count))
         while metric(http, "requests_total") < KILLED_AFTER * expected:
             time.sleep(0.02)
@@ -132,12 +133,12 @@ def killed(args: argparse.Namespace, served: Served, console: Console) -> dict[s
         "answered": len(ends),
         "open_on_the_killed": int(left),
         "streams_sent_again_by_the_client": again,
-        "retried_by_the_server": int(left) - again,
+        "run_again_by_the_server": None if failures else int(left) - again,
         "failures": failures,
         "recovery_s": back,
-        "longest_silence_s": round(max(after - before for before, after in itertools.pairwise(ends)), 3),
-        "answers_s_before": rate([end for end in ends if end < at], ends[0], at),
-        "answers_s_while_gone": None if back is None else rate(ends, at, min(at + back, ends[-1])),
+        "longest_silence_s": round(max(after - before for before, after in itertools.pairwise([began, *ends])), 3),
+        "answers_s_before": rate(ends, ends[0] if ends else began, at),
+        "answers_s_while_gone": None if back is None or not ends else rate(ends, at, min(at + back, ends[-1])),
     }
     console.print(f"killed one of {replicas}: {result}", highlight=False)
     return result
@@ -169,7 +170,8 @@ def rows(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     once as each replica has here; `best_efficiency`: of the best throughput that one replica has under any load."""
     groups: dict[tuple[int, bool, int], list[dict[str, Any]]] = defaultdict(list)
     for each in rounds:
-        groups[each["replicas"], each["apart"], each["concurrent"]].append(each)
+        if each["ttft_ms"] is not None:  # else nothing was answered, which its failures tell
+            groups[each["replicas"], each["apart"], each["concurrent"]].append(each)
     made = []
     names = ("tokens_s", "requests_s", "generated_s", "ttft_ms", "ttft_p95_ms", "cached_share")
     for (replicas, apart, concurrent), alike in groups.items():

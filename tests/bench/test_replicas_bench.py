@@ -38,6 +38,12 @@ def test_efficiency_is_of_one_replica_with_its_share_of_the_load() -> None:
     assert (two["efficiency"], two["best_efficiency"]) == (0.9, 0.6)
 
 
+def test_a_round_without_any_answer_has_no_row_and_breaks_nothing() -> None:
+    nothing = summed([Outcome(10.0, 12.0, 0, [], 0, 0, 0, [], ["HTTP 503"], 0)])
+    assert (nothing["tokens_s"], nothing["ttft_ms"], nothing["failures"]) == (0.0, None, ["HTTP 503"])
+    assert rows([{"replicas": 1, "apart": False, "concurrent": 4} | nothing]) == []
+
+
 def test_a_rate_counts_answers_between_two_moments() -> None:
     assert rate([1.0, 2.0, 3.0, 9.0], 1.0, 4.0) == 1.0
 
@@ -52,4 +58,5 @@ def test_a_short_round_with_a_kill(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["cached_share"] > 0.5
     kill = numbers["kill"]
     assert kill["answered"] == kill["requests"] == 108
+    assert kill["run_again_by_the_server"] + kill["streams_sent_again_by_the_client"] == kill["open_on_the_killed"]
     assert kill["recovery_s"] is not None
