@@ -189,11 +189,13 @@ class EngineService:
     def ask(self, question: Callable[[Engine], T]) -> Future[T]:
         """What `question` says of the engine, in its own thread between two steps; it must be quick.
 
-        The answer is EngineDeadError where the engine has failed.
+        The answer is EngineDeadError where the engine has failed. Cancelled before its turn has come, it is not asked.
         """
         answer: Future[T] = Future()
 
         def put() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
             try:
                 if self.failure is not None:
                     raise EngineDeadError(f"The engine does not run: {self.failure}.")

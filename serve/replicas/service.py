@@ -283,6 +283,8 @@ class ReplicatedService:
         done: Future[None] = Future()
 
         def work() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
                 with self._loaded.lock:
                     change()

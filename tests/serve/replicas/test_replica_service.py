@@ -231,6 +231,16 @@ def test_roles_come_and_go_on_all_replicas_and_on_those_that_begin_later() -> No
         assert FakeReplica(service).asked == ["_unload", "_load"]
 
 
+def test_who_gives_up_waiting_for_a_role_does_not_break_off_its_loading() -> None:
+    with fake_fleet() as (service, _):
+        with service._loaded.lock:  # another change is being made
+            unloading = service.unload_role("plan")
+            wait_for(unloading.running)
+            assert not unloading.cancel()
+        unloading.result(5)
+        assert [card.name for card in service.roles] == ["base"]
+
+
 def test_a_role_that_does_not_fit_is_refused_and_one_replica_that_fails_alone_begins_anew() -> None:
     with fake_fleet() as (service, replicas):
         adapters: Any = "adapters"
