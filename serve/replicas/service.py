@@ -164,7 +164,7 @@ class ReplicatedService:
             self._runs[request.request_id] = run
         try:
             self.place(run)
-        except EngineDeadError:
+        except BaseException:
             self.ended(run)
             raise
         return handed_over(chunks, partial(self.cancel, request.request_id))
@@ -345,6 +345,8 @@ class _Run:
                 return
             except EngineDeadError as none:
                 fault = none
+            except Exception:  # it must be told of its end none the less
+                logger.exception("request %s cannot be given to another replica", self.request.request_id)
         self.take(Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=fault), outbox)
 
 

@@ -175,6 +175,26 @@ def test_without_any_replica_nothing_is_taken_and_one_that_comes_back_serves() -
     played(work)
 
 
+def test_what_cannot_be_placed_leaves_nothing_open() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            answering = asyncio.create_task(gathered(service, request()))
+            first = await met(partial(having, replicas))
+
+            def choose(*given: object) -> int:
+                raise ValueError("a bug")
+
+            service._affinity.choose = choose  # type: ignore[method-assign]
+            with pytest.raises(ValueError, match="a bug"):
+                service.stream(request("second"))
+            assert set(service._runs) == {"r"}
+            first.die()
+            assert isinstance((await answering).fault, ReplicaLostError)
+            assert not service._runs
+
+    played(work)
+
+
 def test_what_is_wrong_with_a_request_is_told_and_not_tried_elsewhere() -> None:
     async def work() -> None:
         with fake_fleet() as (service, replicas):
