@@ -254,7 +254,7 @@ class ReplicatedService:
             link.forgotten = True
             if self._links.pop(link.number, None) is None:
                 return
-            self._affinity.forget(link.number)
+            self._affinity.lost_one()
             self._ended = added([self._ended, counters_of(link.stats)])
             self._left[link.place] += link.open
         if not self._stopping:
