@@ -27,6 +27,10 @@ class EngineEnd:
         self._service, self._wire = service, wire
         self._said: list[tuple[str, Chunk]] = []
         self._more = threading.Condition()
+        self._compiling: dict[str, bool] = {}
+        """Requests whose grammars are being compiled, and whether they were cancelled meanwhile."""
+        self._lock = threading.Lock()
+        """Of `_compiling`."""
         self._ended = threading.Event()
 
     @property
@@ -53,9 +57,11 @@ class EngineEnd:
             if isinstance(message, Submit) and message.request.params.grammar is None:
                 self._submit(message.request)
             elif isinstance(message, Submit):  # its grammar is compiled first, which may take a while
-                threading.Thread(target=self._submit, args=(message.request,), daemon=True).start()
+                with self._lock:
+                    self._compiling[message.request.request_id] = False
+                threading.Thread(target=self._compile, args=(message.request,), daemon=True).start()
             elif isinstance(message, Cancel):
-                self._service.cancel(message.request_id)
+                self._cancel(message.request_id)
             else:
                 threading.Thread(target=self._answer, args=(message,), daemon=True).start()
         self.end()
@@ -66,6 +72,29 @@ class EngineEnd:
         except Exception as fault:
             known = fault if isinstance(fault, LRAgentError) else None
             self._say(request.request_id, Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=known))
+
+    def _compile(self, request: GenerationRequest) -> None:
+        """Submit it once its grammar is compiled, unless it is cancelled by then."""
+        name = request.request_id
+        with contextlib.suppress(Exception):  # what is wrong with it is said where it is submitted
+            self._service.check(request)
+        with self._lock:
+            cancelled = self._compiling[name]
+        if cancelled:
+            self._say(name, Chunk(finish_reason=FinishReason.CANCELLED))
+        else:
+            self._submit(request)
+        with self._lock:
+            cancelled = self._compiling.pop(name)
+        if cancelled:  # perhaps while it was submitted
+            self._service.cancel(name)
+
+    def _cancel(self, name: str) -> None:
+        with self._lock:
+            if name in self._compiling:  # the engine does not know it yet
+                self._compiling[name] = True
+                return
+        self._service.cancel(name)
 
     def _say(self, request_id: str, chunk: Chunk) -> None:
         if self._service.failure is not None:

@@ -1,0 +1,88 @@
+"""A replica's end of the wire, over a tiny engine in this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import tiny_engine
+from replica_fakes import wait_for
+
+from lragent.modes import PrefixWriter
+from lragent.serve.engine.grammar import Grammar
+from lragent.serve.engine.service import EngineService
+from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, SamplingParams
+from lragent.serve.replicas.engine_end import EngineEnd
+from lragent.serve.replicas.wire import Cancel, Facts, Said, Submit, Wire
+
+
+class Front:
+    """What a replica says, as the front hears it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.wire = Wire(Connection(ours.detach()))
+        chat: Any = SimpleNamespace(prefix_writer=PrefixWriter.BASE)
+        self.service = EngineService(tiny_engine("base_lr_shared"), chat, [], "tiny")
+        self.service.start()
+        self.end = EngineEnd(self.service, Wire(Connection(theirs.detach())))
+        self.heard: list[Any] = []
+        self.hung_up = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+        self.end.begin()
+        assert isinstance(wait_for(lambda: self.heard)[0], Facts)
+
+    def _listen(self) -> None:
+        for message in self.wire.messages():
+            self.heard.append(message)
+        self.hung_up.set()
+
+    def submit(self, name: str, **params: Any) -> None:
+        given = SamplingParams(temperature=0.0, ignore_eos=True, **params)
+        self.wire.send(Submit(GenerationRequest(name, "plan", Prompt((5, 6, 7)), given)))
+
+    def chunks(self, name: str) -> list[Chunk]:
+        said = [piece for message in self.heard if isinstance(message, Said) for piece in message.pieces]
+        return [chunk for request_id, chunk in said if request_id == name]
+
+    def last(self, name: str) -> Chunk:
+        def ended() -> list[Chunk]:
+            return [chunk for chunk in self.chunks(name) if chunk.finish_reason is not None]
+
+        (chunk,) = wait_for(ended)
+        return chunk
+
+
+@pytest.fixture
+def front() -> Iterator[Front]:
+    made = Front()
+    yield made
+    made.end.end()
+
+
+def test_a_cancel_that_overtakes_the_grammar_ends_the_request(front: Front) -> None:
+    grammars = front.service._engine.grammars
+    compiling, go_on, compile_ = threading.Event(), threading.Event(), grammars.matcher
+
+    def held(grammar: Grammar) -> Any:
+        compiling.set()
+        assert go_on.wait(10)
+        return compile_(grammar)
+
+    grammars.matcher = held  # type: ignore[method-assign]
+    front.submit("gone", max_tokens=400, grammar=Grammar.regex("a*"))
+    assert compiling.wait(10)
+    front.wire.send(Cancel("gone"))
+    front.submit("after", max_tokens=2)
+    assert front.last("after").finish_reason is FinishReason.LENGTH  # so the other's cancel has been read
+    go_on.set()
+    assert front.last("gone").finish_reason is FinishReason.CANCELLED
+    assert front.service.stats().finished == 1, "nothing of it was charged"
+    front.submit("stays", max_tokens=3, grammar=Grammar.regex("a*"))
+    assert front.last("stays").finish_reason is FinishReason.LENGTH
+    wait_for(lambda: not front.end._compiling)
