@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from lragent.errors import LRAgentError
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest
 from lragent.serve.replicas.wire import Answer, Ask, Cancel, Facts, Logged, Said, Stats, Submit, Wire
+
+logger = logging.getLogger(__name__)
 
 _STATS_S = 0.25
 
@@ -42,7 +45,7 @@ class EngineEnd:
         """Introduce the engine, and serve in threads from now on."""
         self._wire.send(facts_of(self._service))
         for work in (self._read, self._speak, self._tell_stats):
-            threading.Thread(target=work, name=f"lragent{work.__name__}", daemon=True).start()
+            threading.Thread(target=self._to_the_end, args=(work,), name=f"lragent{work.__name__}", daemon=True).start()
 
     def end(self) -> None:
         """Hang up and end the engine. May be called twice."""
@@ -51,6 +54,16 @@ class EngineEnd:
         with self._more:
             self._more.notify()
         self._service.stop(drain=False, timeout_s=5.0)
+
+    def _to_the_end(self, work: Callable[[], None]) -> None:
+        """Where one of the threads ends, all do: the front would wait for ever for one that does not listen or speak,
+        and can ask another."""
+        try:
+            work()
+        except Exception:
+            logger.exception("this replica cannot go on, and begins anew")
+        finally:
+            self.end()
 
     def _read(self) -> None:
         for message in self._wire.messages():
@@ -64,7 +77,6 @@ class EngineEnd:
                 self._cancel(message.request_id)
             else:
                 threading.Thread(target=self._answer, args=(message,), daemon=True).start()
-        self.end()
 
     def _submit(self, request: GenerationRequest) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -86,3 +86,27 @@ def test_a_cancel_that_overtakes_the_grammar_ends_the_request(front: Front) -> N
     front.submit("stays", max_tokens=3, grammar=Grammar.regex("a*"))
     assert front.last("stays").finish_reason is FinishReason.LENGTH
     wait_for(lambda: not front.end._compiling)
+
+
+def hear_nonsense(front: Front) -> None:
+    front.wire._connection.send_bytes(b"no pickle")
+
+
+def say_nonsense(front: Front) -> None:
+    unsayable: Any = threading.Lock()
+    front.end._say("any", Chunk(unsayable))
+
+
+def fail_to_count(front: Front) -> None:
+    front.service.stats = None  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize("spoil", [hear_nonsense, say_nonsense, fail_to_count])
+def test_one_that_cannot_go_on_hangs_up_and_says_why(
+    front: Front, spoil: Callable[[Front], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(front)
+    assert front.hung_up.wait(10)
+    wait_for(lambda: not front.service.alive)
+    assert not front.end.alive
+    assert "cannot go on" in caplog.text

@@ -344,3 +344,11 @@ def test_who_fails_to_take_a_piece_ends_that_request_only() -> None:
             assert service.alive
 
     played(work)
+
+
+def test_one_that_cannot_be_told_what_it_is_asked_is_given_up() -> None:
+    with fake_fleet(1) as (service, _):
+        (link,) = service._live()
+        with pytest.raises(ReplicaLostError):
+            link.ask(lambda engine: engine).result(5)
+        assert not service.alive
