@@ -11,8 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lragent.errors import LRAgentError
-from lragent.serve.engine.service import EngineService
+from lragent.serve.engine.service import EngineService, failed
 from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest
 from lragent.serve.replicas.wire import Answer, Ask, Cancel, Facts, Logged, Said, Stats, Submit, Wire
 
@@ -81,9 +80,8 @@ class EngineEnd:
     def _submit(self, request: GenerationRequest) -> None:
         try:
             self._service.submit(request, partial(self._say, request.request_id))
-        except Exception as fault:
-            known = fault if isinstance(fault, LRAgentError) else None
-            self._say(request.request_id, Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=known))
+        except Exception as error:
+            self._say(request.request_id, failed(request.request_id, error))
 
     def _compile(self, request: GenerationRequest) -> None:
         """Submit it once its grammar is compiled, unless it is cancelled by then."""

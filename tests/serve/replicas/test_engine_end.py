@@ -14,6 +14,7 @@ from engines import tiny_engine
 from replica_fakes import wait_for
 
 from lragent.modes import PrefixWriter
+from lragent.serve.api.errors import as_api_error
 from lragent.serve.engine.grammar import Grammar
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, SamplingParams
@@ -86,6 +87,25 @@ def test_a_cancel_that_overtakes_the_grammar_ends_the_request(front: Front) -> N
     front.submit("stays", max_tokens=3, grammar=Grammar.regex("a*"))
     assert front.last("stays").finish_reason is FinishReason.LENGTH
     wait_for(lambda: not front.end._compiling)
+
+
+@pytest.mark.parametrize("part", ["check", "_tags"])
+def test_a_fault_of_a_request_is_told_as_by_one_engine(
+    front: Front, part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*given: object) -> None:
+        raise KeyError("/secret/path")
+
+    monkeypatch.setattr(front.service._engine, part, fail)
+    front.submit("r", max_tokens=2)
+    last = front.last("r")
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.fault is not None
+    told = as_api_error(last.fault)
+    assert (told.status, told.code, told.message) == (500, "internal_error", as_api_error(KeyError()).message)
+    assert "secret" not in f"{last.error}{last.fault}"
+    assert "/secret/path" in caplog.text
+    assert front.service.alive
 
 
 def hear_nonsense(front: Front) -> None:
