@@ -25,6 +25,7 @@ from lragent.serve.engine.types import (
     EngineDeadError,
     FinishReason,
     GenerationRequest,
+    Prompt,
     QueueFullError,
     ReplicaLostError,
     ReplicaState,
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MOST_TRIES = 3
 """Replicas to which one request is given: were it the request that ends them, it must not end them all."""
+_ANY_PROMPT = Prompt((0,))
 
 
 class ReplicatedService:
@@ -135,14 +137,16 @@ class ReplicatedService:
         reading.join()
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises UserError where `request` cannot be served; a new grammar is compiled here."""
+        """Raises UserError where `request` cannot be served; a new grammar is compiled here. Its prompt is looked at
+        where it is submitted: a long one need not travel twice."""
+        asked = replace(request, prompt=_ANY_PROMPT)
         for tries in range(1, MOST_TRIES + 1):
             with self._lock:
                 link = next(iter(self._links.values()), None)
             if link is None:
                 raise self._none()
             try:
-                link.ask(partial(_check, request)).result()
+                link.ask(partial(_check, asked)).result()
                 return
             except ReplicaLostError:
                 if tries == MOST_TRIES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -204,6 +205,25 @@ def test_what_is_wrong_with_a_request_is_told_and_not_tried_elsewhere() -> None:
             last = await answering
             assert isinstance(last.fault, UserError)
             assert sum(len(each.submitted) for each in replicas) == 1
+
+    played(work)
+
+
+def test_a_long_prompt_travels_once_and_takes_little_more_than_its_ids() -> None:
+    async def work() -> None:
+        with fake_fleet(1) as (service, replicas):
+            roles = [f"role {at // 500 % 3}" for at in range(50_000)]
+            asked = GenerationRequest("r", "plan", Prompt(range(50_000), roles, 3), GREEDY, whole=True)
+            assert len(pickle.dumps(asked, pickle.HIGHEST_PROTOCOL)) < 50_000 * 4 + 5_000
+            service.check(asked)
+            assert replicas[0].questions[-1].args[0].prompt.ids.size == 1
+            answering = asyncio.create_task(gathered(service, asked))
+            (there,) = await met(lambda: replicas[0].submitted)
+            assert there.prompt.ids.tolist() == list(range(50_000))
+            assert there.prompt.opening == 3
+            assert [name for name, count in there.prompt.speakers for _ in range(count)] == roles
+            replicas[0].finish("r")
+            await answering
 
     played(work)
 
