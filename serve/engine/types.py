@@ -38,6 +38,10 @@ class ReplicaLostError(EngineDeadError):
     """The engine that ran a request has gone, and others have not: the request can be sent again."""
 
 
+class NoReplicaError(EngineDeadError):
+    """Of several engines none runs just now; they are being started anew."""
+
+
 class QueueFullError(LRAgentError):
     """Too many requests wait already."""
 

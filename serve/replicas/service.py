@@ -25,6 +25,7 @@ from lragent.serve.engine.types import (
     EngineDeadError,
     FinishReason,
     GenerationRequest,
+    NoReplicaError,
     Prompt,
     QueueFullError,
     ReplicaLostError,
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 MOST_TRIES = 3
 """Replicas to which one request is given: were it the request that ends them, it must not end them all."""
+_NONE = "No replica runs at this moment; they are being started anew"
 _ANY_PROMPT = Prompt((0,))
 
 
@@ -88,7 +90,7 @@ class ReplicatedService:
         """Why none can."""
         if self._links or self._stopping:
             return None
-        return "No replica runs at this moment; they are being started anew"
+        return _NONE
 
     @property
     def roles(self) -> Sequence[RoleCard]:
@@ -281,7 +283,9 @@ class ReplicatedService:
         return next((place for place in range(len(self._starts)) if place not in taken), None)
 
     def _none(self) -> EngineDeadError:
-        return EngineDeadError("The server is shutting down." if self._stopping else f"{self.failure}.")
+        if self._stopping:
+            return EngineDeadError("The server is shutting down.")
+        return NoReplicaError(f"{_NONE}.")
 
     def _changed(self, change: Callable[[], None]) -> Future[None]:
         done: Future[None] = Future()

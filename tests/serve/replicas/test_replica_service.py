@@ -9,12 +9,16 @@ import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from replica_fakes import FACTS, FakeReplica, fake_fleet, wait_for
 
 from lragent.errors import UserError
+from lragent.serve.api.app import create_app
+from lragent.serve.api.settings import ServeSettings
 from lragent.serve.engine.engine import EngineStats, TokenSums
 from lragent.serve.engine.types import (
     Chunk,
@@ -172,6 +176,27 @@ def test_without_any_replica_nothing_is_taken_and_one_that_comes_back_serves() -
             await met(lambda: new.submitted)
             new.finish("r")
             assert (await answering).text == "done"
+
+    played(work)
+
+
+def test_while_none_runs_clients_are_told_when_to_come_again() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            for each in replicas:
+                each.die()
+            await met(lambda: not service.alive)
+            app = create_app(service, ServeSettings(roles_folder=Path(".")))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+                asked = {"model": "plan", "prompt": [5, 6]}
+                answers = [await http.get("/health"), await http.post("/v1/completions", json=asked)]
+                answers.append(await http.post("/v1/completions", json=asked | {"stream": True}))
+                form = {"response_format": {"type": "regex", "pattern": "a*"}}
+                answers.append(await http.post("/v1/completions", json=asked | form))
+                answers.append(await http.post("/v1/unload_lora_adapter", json={"lora_name": "plan"}))
+            for answer in answers:
+                assert (answer.status_code, answer.headers.get("retry-after")) == (503, "5"), answer.text
+                assert answer.json()["error"]["code"] == "no_replica"
 
     played(work)
 
