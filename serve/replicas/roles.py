@@ -14,6 +14,7 @@ from lragent.serve.engine.role_weights import PreparedRole
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import NoReplicaError, RoleCard
 from lragent.serve.replicas.link import Link
+from lragent.stacking import single
 
 T = TypeVar("T")
 
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Source:
-    """From which a role can be loaded again."""
+    """From which a role can be loaded again. adapters: of it alone, as they were read and checked. Its file may have
+    changed or gone by the time that a replica begins anew, which could then never serve what the others do."""
 
     adapters: AdapterSet
     role: str
@@ -49,7 +51,7 @@ class LoadedRoles:
         Raises UserError where it does not fit, RoleRoomError where a replica has no free place for it, and
         ReplicaLostError where one goes meanwhile; NoReplicaError where none is there.
         """
-        source = _Source(adapters, role, name, root)
+        source = _Source(single(adapters, role), role, name, root)
         answers = [link.ask(partial(_prepare, source)) for link in links]
         digests = [answer.result() for answer in answers]
         if not digests:
@@ -59,7 +61,7 @@ class LoadedRoles:
 
     def load(self, links: Sequence[Link], prepared: PreparedRole, parent: str) -> None:
         """Serve what `prepare` has returned. Every replica has a place for it: they are taken under `lock` alone."""
-        source = self._prepared[prepared.name]
+        source = self._prepared.pop(prepared.name)
         _on_all(links, partial(_load, source))
         self._changes[source.name] = source
         card = RoleCard(prepared.name, parent, prepared.root, prepared.digest)

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from replica_fakes import FACTS, FakeReplica, fake_fleet, wait_for
+from tiny import make_adapter_set, tiny_model
 
 from lragent.errors import UserError
 from lragent.serve.api.app import create_app
@@ -283,7 +284,7 @@ def test_counters_of_a_replica_that_has_gone_stay() -> None:
 
 def test_roles_come_and_go_on_all_replicas_and_on_those_that_begin_later() -> None:
     with fake_fleet() as (service, replicas):
-        adapters: Any = "adapters"
+        adapters = make_adapter_set(tiny_model(), ("plan", "action"))
         prepared = service.prepare_role(adapters, "plan", name="new", root="/roles/new")
         assert prepared.digest == "digest"
         service.load_role(prepared).result(5)
@@ -293,7 +294,11 @@ def test_roles_come_and_go_on_all_replicas_and_on_those_that_begin_later() -> No
             assert each.asked == ["_prepare", "_load", "_unload"]
         replicas[0].die()
         wait_for(lambda: not all(state.alive for state in service.replicas))
-        assert FakeReplica(service).asked == ["_unload", "_load"]
+        late = FakeReplica(service)
+        assert late.asked == ["_unload", "_load"]
+        kept = late.questions[-1].args[0].adapters
+        assert kept.role_names == ("plan",), "the others of its pack are not kept"
+        assert kept.role_digest("plan") == adapters.role_digest("plan")
 
 
 def test_who_gives_up_waiting_for_a_role_does_not_break_off_its_loading() -> None:
@@ -308,7 +313,7 @@ def test_who_gives_up_waiting_for_a_role_does_not_break_off_its_loading() -> Non
 
 def test_a_role_that_does_not_fit_is_refused_and_one_replica_that_fails_alone_begins_anew() -> None:
     with fake_fleet() as (service, replicas):
-        adapters: Any = "adapters"
+        adapters = make_adapter_set(tiny_model(), ("plan", "action"))
         replicas[0].refusal = UserError("lora_path: is of another base.")
         with pytest.raises(UserError, match="another base"):
             service.prepare_role(adapters, "plan", name="new", root="/roles/new")
