@@ -133,7 +133,10 @@ class EngineEnd:
     def _tell_stats(self) -> None:
         told = None
         while not self._ended.wait(_STATS_S):
-            stats = self._service.stats()
+            try:
+                stats = self._service.stats()
+            except RuntimeError:  # what is counted has changed meanwhile: the next time will do
+                continue
             if stats != told:
                 told = stats
                 self._send(Stats(stats))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,12 @@ from replica_fakes import wait_for
 
 from lragent.modes import PrefixWriter
 from lragent.serve.api.errors import as_api_error
+from lragent.serve.engine.engine import EngineStats
 from lragent.serve.engine.grammar import Grammar
 from lragent.serve.engine.service import EngineService
 from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest, Prompt, SamplingParams
 from lragent.serve.replicas.engine_end import EngineEnd
-from lragent.serve.replicas.wire import Cancel, Facts, Said, Submit, Wire
+from lragent.serve.replicas.wire import Cancel, Facts, Said, Stats, Submit, Wire
 
 
 class Front:
@@ -106,6 +108,21 @@ def test_a_fault_of_a_request_is_told_as_by_one_engine(
     assert "secret" not in f"{last.error}{last.fault}"
     assert "/secret/path" in caplog.text
     assert front.service.alive
+
+
+def test_counters_that_change_while_they_are_read_are_told_the_next_time(front: Front) -> None:
+    read, failed = front.service.stats, threading.Event()
+
+    def changed() -> EngineStats:
+        if failed.is_set():
+            return replace(read(), finished=77)
+        failed.set()
+        raise RuntimeError("dictionary changed size during iteration")
+
+    front.service.stats = changed  # type: ignore[method-assign]
+    wait_for(lambda: any(isinstance(each, Stats) and each.stats.finished == 77 for each in list(front.heard)))
+    assert failed.is_set()
+    assert front.end.alive
 
 
 def hear_nonsense(front: Front) -> None:
