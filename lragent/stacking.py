@@ -23,22 +23,22 @@ def stack(adapters: Sequence[AdapterSet]) -> AdapterSet:
     meet in the smallest dtype that holds them all exactly. Raises `UserError` where the sets were made for different
     bases, or name the same role.
     """
-    for single in adapters:
-        if len(single.roles) != 1 or single.form != "tied":
+    for each in adapters:
+        if len(each.roles) != 1 or each.form != "tied":
             raise ValueError("stack() takes sets of one role each; unstack() gives those")
     known = [s for s in adapters if s.base_fingerprint is not None]
-    for single in known[1:]:
-        if single.base_fingerprint != known[0].base_fingerprint:
+    for each in known[1:]:
+        if each.base_fingerprint != known[0].base_fingerprint:
             raise UserError(
-                f"roles {known[0].role_names[0]!r} and {single.role_names[0]!r} were made for different bases "
-                f"({known[0].base_model!r} and {single.base_model!r}); only adapters of one base can share a cache"
+                f"roles {known[0].role_names[0]!r} and {each.role_names[0]!r} were made for different bases "
+                f"({known[0].base_model!r} and {each.base_model!r}); only adapters of one base can share a cache"
             )
-    dtype = reduce(torch.promote_types, (single.dtype for single in adapters))
-    paths = sorted({path for single in adapters for path in single.module_paths}, key=natural_key)
+    dtype = reduce(torch.promote_types, (each.dtype for each in adapters))
+    paths = sorted({path for each in adapters for path in each.module_paths}, key=natural_key)
     rows: list[dict[str, tuple[int, int]]] = [{} for _ in adapters]
     shared_a, role_b = {}, {}
     for path in paths:
-        owners = [i for i, single in enumerate(adapters) if path in single.shared_a]
+        owners = [i for i, each in enumerate(adapters) if path in each.shared_a]
         blocks = [adapters[i].shared_a[path] for i in owners]
         d_out = {adapters[i].role_b[path].shape[1] for i in owners}
         if len({block.shape[1] for block in blocks}) != 1 or len(d_out) != 1:
@@ -50,7 +50,7 @@ def stack(adapters: Sequence[AdapterSet]) -> AdapterSet:
             rows[i][path] = (lo, lo + block.shape[0])
             role_b[path][i, :, lo : lo + block.shape[0]] = adapters[i].role_b[path][0]
             lo += block.shape[0]
-    found = {target for single in adapters for target in single.targets}
+    found = {target for each in adapters for target in each.targets}
     objectives, writers = {s.objective for s in adapters}, {s.prefix_writer for s in adapters}
     return AdapterSet(
         base_model=(known or adapters)[0].base_model,
@@ -70,10 +70,13 @@ def unstack(adapters: AdapterSet) -> list[AdapterSet]:
 
     Also takes a tied set apart; each role then has its own copy of the one A.
     """
-    return [_single(adapters, index) for index in range(len(adapters.roles))]
+    return [single(adapters, name) for name in adapters.role_names]
 
 
-def _single(adapters: AdapterSet, index: int) -> AdapterSet:
+def single(adapters: AdapterSet, name: str) -> AdapterSet:
+    """The role `name` alone, with its own copy of its A and B: it keeps its digest. Raises `UserError` where there is
+    none."""
+    index = adapters.role_index(name)
     role = adapters.roles[index]
     paths = [path for path in adapters.module_paths if role.adapts(path)]
     found = {path.rpartition(".")[2] for path in paths}

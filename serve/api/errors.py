@@ -13,13 +13,20 @@ from starlette.responses import JSONResponse
 
 from lragent.errors import UserError
 from lragent.serve.engine.roles import RoleRoomError
-from lragent.serve.engine.types import EngineDeadError, QueueFullError, ReplicaLostError, UnknownRoleError
+from lragent.serve.engine.types import (
+    EngineDeadError,
+    NoReplicaError,
+    QueueFullError,
+    ReplicaLostError,
+    UnknownRoleError,
+)
 from lragent.serve.ledger.budgets import OverBudgetError
 from lragent.serve.ledger.ledger import LedgerFailingError
 
 _FIELD = re.compile(r"([a-z]\w*(?:\[\d+\]|\.\w+)*): ")
 _LONGEST_MESSAGE = 500
 _QUEUE_RETRY_S = 1
+_START_RETRY_S = 5
 
 
 @dataclass
@@ -76,6 +83,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(_QUEUE_RETRY_S)})
     if isinstance(error, ReplicaLostError):
         return ApiError(503, str(error), code="replica_lost", headers={"Retry-After": str(_QUEUE_RETRY_S)})
+    if isinstance(error, NoReplicaError):
+        return ApiError(503, str(error), code="no_replica", headers={"Retry-After": str(_START_RETRY_S)})
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")

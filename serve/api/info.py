@@ -20,6 +20,7 @@ from lragent.serve.api.metrics import Metrics
 from lragent.serve.api.models import resolve_role
 from lragent.serve.api.openapi import answers, body_of
 from lragent.serve.api.schema import Flag, Label, Text, Whole, listed_messages, parse_body
+from lragent.serve.engine.types import NoReplicaError
 
 
 class TokenizeRequest(BaseModel):
@@ -47,6 +48,8 @@ def info_router(context: Context, metrics: Metrics) -> APIRouter:
     @router.get("/health", response_model=None, openapi_extra=some)
     @router.head("/health", response_model=None, include_in_schema=False)
     async def health() -> JSONResponse:
+        if service.replicas and service.failure is not None:
+            raise NoReplicaError(f"{service.failure}.")
         if not service.alive:
             raise ApiError(503, service.failure or "The engine has stopped.", code="engine_dead")
         body: dict[str, Any] = {"status": "ok"}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lragent.adapter_set import AdapterSet
 from lragent.chat import BASE
-from lragent.errors import UserError
+from lragent.errors import LRAgentError, UserError
 from lragent.modes import PrefixWriter, SharingMode
 from lragent.serve.engine.chat import ChatPrompts
 from lragent.serve.engine.engine import Engine, EngineStats, EngineView
@@ -189,11 +189,13 @@ class EngineService:
     def ask(self, question: Callable[[Engine], T]) -> Future[T]:
         """What `question` says of the engine, in its own thread between two steps; it must be quick.
 
-        The answer is EngineDeadError where the engine has failed.
+        The answer is EngineDeadError where the engine has failed. Cancelled before its turn has come, it is not asked.
         """
         answer: Future[T] = Future()
 
         def put() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
             try:
                 if self.failure is not None:
                     raise EngineDeadError(f"The engine does not run: {self.failure}.")
@@ -282,15 +284,24 @@ class EngineService:
                 raise EngineDeadError(self.failure)
             self._engine.add(request, counted)
         except Exception as error:  # a request's failure ends that request only
-            fault = error if isinstance(error, UserError | QueueFullError) else None
             try:
-                counted(Chunk(finish_reason=FinishReason.ERROR, error=str(error), fault=fault))
+                counted(failed(request.request_id, error))
             except Exception:
                 logger.exception("the receiver of %s has failed", request.request_id)
 
 
 def _wake() -> None:
     """Nothing to do: the engine's thread only looks up."""
+
+
+def failed(request_id: str, error: Exception) -> Chunk:
+    """The end of a request that `error` keeps from beginning. What nobody raised on purpose is for the log alone."""
+    fault = error
+    if not isinstance(fault, LRAgentError):
+        logger.error("request %s could not be begun", request_id, exc_info=error)
+        fault = LRAgentError("The engine failed on this request; its log says why.")
+        fault.__cause__ = error  # for callers in this process
+    return Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=fault)
 
 
 def joined(chunks: list[Chunk]) -> Chunk:

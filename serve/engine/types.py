@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 from itertools import groupby
 from numbers import Integral, Real
@@ -36,6 +36,10 @@ class EngineDeadError(LRAgentError):
 
 class ReplicaLostError(EngineDeadError):
     """The engine that ran a request has gone, and others have not: the request can be sent again."""
+
+
+class NoReplicaError(EngineDeadError):
+    """Of several engines none runs just now; they are being started anew."""
 
 
 class QueueFullError(LRAgentError):
@@ -171,7 +175,8 @@ class Prompt:
 
     token_ids: the whole context, at least one token; kept as an array [P] int32. A long context is best given as one.
     position_roles: the role that processes each position where no cache holds it; None = the role asked for. Used in
-        the modes with one writer per token; in the others the role asked for processes all.
+        the modes with one writer per token; in the others the role asked for processes all. Kept as `speakers` only,
+        which are as few as the turns: a prompt may have to travel.
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
         only entries that this role wrote.
     key: under which the answer is remembered, for a client that sends its text back; None: nobody will.
@@ -179,14 +184,14 @@ class Prompt:
     """
 
     token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
-    position_roles: Sequence[str] | None = None
+    position_roles: InitVar[Sequence[str] | None] = None
     opening: int = 1
     key: ContextKey | None = None
     tool_spans: tuple[tuple[int, int], ...] = ()
     speakers: tuple[tuple[str, int], ...] | None = field(init=False, default=None)
     """`position_roles` as runs: a role, and how many positions it has."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, position_roles: Sequence[str] | None) -> None:
         """Raises UserError for a number that no token can have. Does what takes long for a long context, so that the
         engine's thread need not."""
         refusal = UserError(
@@ -203,8 +208,8 @@ class Prompt:
             raise refusal
         ids.flags.writeable = False
         object.__setattr__(self, "token_ids", ids)
-        if self.position_roles is not None:
-            runs = tuple((role, sum(1 for _ in run)) for role, run in groupby(self.position_roles))
+        if position_roles is not None:
+            runs = tuple((role, sum(1 for _ in run)) for role, run in groupby(position_roles))
             object.__setattr__(self, "speakers", runs)
 
     def tool_tokens(self, last: int) -> int:

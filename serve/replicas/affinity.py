@@ -10,7 +10,7 @@ import hashlib
 import secrets
 from bisect import bisect_right, insort
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,9 +68,12 @@ class Affinity:
         self._factors = np.zeros(0, np.uint64)
 
     def choose(self, salt: str, ids: npt.NDArray[np.int32], loads: Mapping[int, Load]) -> int:
-        """The replica, a key of `loads`, for the prompt `ids` [P] of the tenant `salt`; and remember it."""
+        """The replica, a key of `loads`, for the prompt `ids` [P] of the tenant `salt`; and remember it.
+
+        loads: of all replicas that are there: what others have held is gone.
+        """
         hashes = self._prefix_hashes(salt, ids)
-        length, known = self._longest(hashes)
+        length, known = self._longest(hashes, loads)
         if known is not None and self._keeps(known, length, len(ids), loads):
             chosen = known.replica
         else:
@@ -82,10 +85,12 @@ class Affinity:
             self._remember(int(hashes[-1]), len(ids), chosen)
         return chosen
 
-    def forget(self, replica: int) -> None:
-        """It has gone, and its cache with it. Its number is not used again."""
-        for name in [name for name, known in self._known.items() if known.replica == replica]:
-            self._drop(name)
+    def lost_one(self) -> None:
+        """A replica has gone, and its cache with it: `loads` has it no more, and its number is not used again.
+
+        What it held is dropped where a prompt comes upon it, or as the least recently used: everybody would wait while
+        tens of thousands were dropped at once.
+        """
         self._given.clear()  # else the one that takes its place would be given all new trajectories for a while
 
     def check_integrity(self) -> None:
@@ -98,22 +103,35 @@ class Affinity:
     @staticmethod
     def _keeps(known: _Known, length: int, whole: int, loads: Mapping[int, Load]) -> bool:
         """Whether a prompt of `whole` tokens goes where the prompt `known`, its first `length` tokens, has gone."""
-        if known.replica not in loads or (known.followed and length < min(whole, WORTH_TOKENS)):
+        if known.followed and length < min(whole, WORTH_TOKENS):
             return False
         return not loads[known.replica].full or all(load.full for load in loads.values())
 
-    def _longest(self, hashes: npt.NDArray[np.uint64]) -> tuple[int, _Known | None]:
-        """The longest known prompt among the prefixes, and its length."""
+    def _longest(self, hashes: npt.NDArray[np.uint64], there: Container[int]) -> tuple[int, _Known | None]:
+        """The longest known prompt among the prefixes that a replica of those `there` holds, and its length. Longer
+        ones, which replicas held that have gone, are dropped: they would hide it."""
+        gone: list[int] = []
+        try:
+            for length, name in self._prefixes(hashes):
+                known = self._known.get(name)
+                if known is None:
+                    continue
+                if known.replica in there:
+                    return length, known
+                gone.append(name)
+            return 0, None
+        finally:
+            for name in gone:
+                self._drop(name)
+
+    def _prefixes(self, hashes: npt.NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+        """Length and name of each prefix that may be known, the longest first."""
         end = bisect_right(self._lengths, len(hashes))
         while end > 0:
             lengths = self._lengths[max(0, end - _AT_ONCE) : end]
             names = hashes[np.array(lengths) - 1].tolist()
-            for length, name in zip(reversed(lengths), reversed(names), strict=True):
-                known = self._known.get(name)
-                if known is not None:
-                    return length, known
+            yield from zip(reversed(lengths), reversed(names), strict=True)
             end -= len(lengths)
-        return 0, None
 
     def _remember(self, name: int, length: int, replica: int) -> None:
         before = self._known.get(name)

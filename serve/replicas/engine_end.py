@@ -7,13 +7,15 @@ import logging
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lragent.errors import LRAgentError
-from lragent.serve.engine.service import EngineService
+from lragent.serve.engine.service import EngineService, failed
 from lragent.serve.engine.types import Chunk, FinishReason, GenerationRequest
 from lragent.serve.replicas.wire import Answer, Ask, Cancel, Facts, Logged, Said, Stats, Submit, Wire
+
+logger = logging.getLogger(__name__)
 
 _STATS_S = 0.25
 
@@ -27,6 +29,10 @@ class EngineEnd:
         self._service, self._wire = service, wire
         self._said: list[tuple[str, Chunk]] = []
         self._more = threading.Condition()
+        self._compiling: dict[str, bool] = {}
+        """Requests whose grammars are being compiled, and whether they were cancelled meanwhile."""
+        self._lock = threading.Lock()
+        """Of `_compiling`."""
         self._ended = threading.Event()
 
     @property
@@ -38,7 +44,7 @@ class EngineEnd:
         """Introduce the engine, and serve in threads from now on."""
         self._wire.send(facts_of(self._service))
         for work in (self._read, self._speak, self._tell_stats):
-            threading.Thread(target=work, name=f"lragent{work.__name__}", daemon=True).start()
+            threading.Thread(target=self._to_the_end, args=(work,), name=f"lragent{work.__name__}", daemon=True).start()
 
     def end(self) -> None:
         """Hang up and end the engine. May be called twice."""
@@ -48,24 +54,57 @@ class EngineEnd:
             self._more.notify()
         self._service.stop(drain=False, timeout_s=5.0)
 
+    def _to_the_end(self, work: Callable[[], None]) -> None:
+        """Where one of the threads ends, all do: the front would wait for ever for one that does not listen or speak,
+        and can ask another."""
+        try:
+            work()
+        except Exception:
+            logger.exception("this replica cannot go on, and begins anew")
+        finally:
+            self.end()
+
     def _read(self) -> None:
         for message in self._wire.messages():
             if isinstance(message, Submit) and message.request.params.grammar is None:
                 self._submit(message.request)
             elif isinstance(message, Submit):  # its grammar is compiled first, which may take a while
-                threading.Thread(target=self._submit, args=(message.request,), daemon=True).start()
+                with self._lock:
+                    self._compiling[message.request.request_id] = False
+                threading.Thread(target=self._compile, args=(message.request,), daemon=True).start()
             elif isinstance(message, Cancel):
-                self._service.cancel(message.request_id)
+                self._cancel(message.request_id)
             else:
                 threading.Thread(target=self._answer, args=(message,), daemon=True).start()
-        self.end()
 
     def _submit(self, request: GenerationRequest) -> None:
         try:
             self._service.submit(request, partial(self._say, request.request_id))
-        except Exception as fault:
-            known = fault if isinstance(fault, LRAgentError) else None
-            self._say(request.request_id, Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=known))
+        except Exception as error:
+            self._say(request.request_id, failed(request.request_id, error))
+
+    def _compile(self, request: GenerationRequest) -> None:
+        """Submit it once its grammar is compiled, unless it is cancelled by then."""
+        name = request.request_id
+        with contextlib.suppress(Exception):  # what is wrong with it is said where it is submitted
+            self._service.check(request)
+        with self._lock:
+            cancelled = self._compiling[name]
+        if cancelled:
+            self._say(name, Chunk(finish_reason=FinishReason.CANCELLED))
+        else:
+            self._submit(request)
+        with self._lock:
+            cancelled = self._compiling.pop(name)
+        if cancelled:  # perhaps while it was submitted
+            self._service.cancel(name)
+
+    def _cancel(self, name: str) -> None:
+        with self._lock:
+            if name in self._compiling:  # the engine does not know it yet
+                self._compiling[name] = True
+                return
+        self._service.cancel(name)
 
     def _say(self, request_id: str, chunk: Chunk) -> None:
         if self._service.failure is not None:
@@ -94,7 +133,10 @@ class EngineEnd:
     def _tell_stats(self) -> None:
         told = None
         while not self._ended.wait(_STATS_S):
-            stats = self._service.stats()
+            try:
+                stats = self._service.stats()
+            except RuntimeError:  # what is counted has changed meanwhile: the next time will do
+                continue
             if stats != told:
                 told = stats
                 self._send(Stats(stats))

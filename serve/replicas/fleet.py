@@ -14,10 +14,11 @@ import os
 import queue
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import AuthenticationError
@@ -36,8 +37,11 @@ logger = logging.getLogger(__name__)
 
 APPLICATION = "lragent"
 _STOP_S = 5.0
+_AGAIN_S = 0.5
 _HEALTH_S = 1.0
 _LOOK_S = 2.0
+_SOCKET_PATH = 107
+"""Bytes that the path of a Unix socket may have."""
 _RAY_BYTES = 80 * 1024 * 1024
 """Of Ray's object store, which is not used: the least that it allows."""
 
@@ -59,19 +63,37 @@ def running_fleet(
         raise UserError(
             f"replicas: each takes a GPU, and there are {torch.cuda.device_count()}, not {count}; ask for fewer."
         )
-    folder = Path(tempfile.mkdtemp(prefix="lragent-"))  # a socket's path may have 107 characters, and Ray adds 60
-    door = _Door(str(folder / "front"), partial(ReplicatedService, places=count, max_waiting=max_waiting, seed=seed))
+    make = partial(ReplicatedService, places=count, max_waiting=max_waiting, seed=seed)
+    with (
+        _own_folder() as folder,
+        closing(_Door(str(folder / "front"), make)) as door,
+        _ray_serve(folder, count if on_gpu else 0),
+    ):
+        _deploy(build, count, door, on_gpu, log_level)
+        service = door.wait_for_all(_deploy_failure)
+        try:
+            yield service
+        finally:
+            door.close()
+            service.stop(drain=False, timeout_s=_STOP_S)
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A new temporary folder that only this user can enter, until the end. Raises UserError where the paths of sockets
+    in it would be too long."""
+    parent = tempfile.gettempdir()
+    longest = f"/lragent-12345678/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    most = _SOCKET_PATH - len(longest)
+    if len(os.fsencode(parent)) > most:
+        raise UserError(
+            f"TMPDIR: {parent} is too long for the sockets that replicas need in it; set it to a folder with a path of "
+            f"at most {most} characters, such as /tmp."
+        )
+    folder = Path(tempfile.mkdtemp(prefix="lragent-"))
     try:
-        with _ray_serve(folder, count if on_gpu else 0):
-            _deploy(build, count, door, on_gpu, log_level)
-            service = door.wait_for_all(_deploy_failure)
-            try:
-                yield service
-            finally:
-                door.close()
-                service.stop(drain=False, timeout_s=_STOP_S)
+        yield folder
     finally:
-        door.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -87,7 +109,7 @@ class _Door:
         self._begun: queue.SimpleQueue[Refused | None] = queue.SimpleQueue()
         """One for each replica that has come in."""
         self._making = threading.Lock()
-        self._closed = False
+        self._closing = threading.Event()
         self._accepting = threading.Thread(target=self._accept, name="lragent-door", daemon=True)
         self._accepting.start()
 
@@ -105,22 +127,43 @@ class _Door:
 
     def close(self) -> None:
         """Let nobody in any more. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError, EOFError):  # a replica may come in at this moment, and do the same
-                connect(self.address, self.key).hang_up()  # closing alone would leave the accepting thread asleep
-            self._accepting.join()
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        # Closing alone would leave the accepting thread asleep. It is knocked only: it may be waiting for one that
+        # has come in and says nothing, and would not answer.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as knocking:
+            knocking.settimeout(_STOP_S)
+            knocking.connect(self.address)
+        self._accepting.join(_STOP_S)
 
     def _accept(self) -> None:
-        while True:
-            try:
-                wire = Wire(self._listener.accept())
-            except (AuthenticationError, OSError, EOFError):
-                continue
-            if self._closed:
-                self._listener.close()
-                return
-            threading.Thread(target=self._come_in, args=(wire,), daemon=True).start()
+        failing = False
+        with self._listener:
+            while not self._closing.is_set():
+                try:
+                    wire = Wire(self._listener.accept())
+                except (AuthenticationError, ConnectionError, EOFError):
+                    continue  # whoever came in has no key, or has gone
+                except OSError as fault:
+                    if not failing:
+                        logger.error("no replica can come in: %s; this is tried again and again", fault)
+                    failing = True
+                    self._closing.wait(_AGAIN_S)
+                    continue
+                failing = False
+                if self._closing.is_set():
+                    wire.hang_up()
+                else:
+                    threading.Thread(target=self._welcome, args=(wire,), daemon=True).start()
+
+    def _welcome(self, wire: Wire) -> None:
+        try:
+            self._come_in(wire)
+        except Exception as fault:
+            logger.exception("a replica cannot be used")
+            wire.hang_up()
+            self._begun.put(Refused(f"A replica cannot be used: {type(fault).__name__}: {fault}", mendable=False))
 
     def _come_in(self, wire: Wire) -> None:
         for first in wire.messages():

@@ -93,6 +93,9 @@ class Link:
                 self._wire.send(message)
             except OSError:
                 self.hang_up()  # `read` finds out, and tells
+            except Exception:
+                logger.exception("replica %d cannot be told what it is asked, and begins anew", self.place)
+                self.hang_up()
 
     def read(self, gone: Callable[[], None]) -> None:
         """Hand out what the replica says, until it has gone; then call `gone`, and tell everybody who waits."""

@@ -12,8 +12,9 @@ from typing import TypeVar
 from lragent.adapter_set import AdapterSet
 from lragent.serve.engine.role_weights import PreparedRole
 from lragent.serve.engine.service import EngineService
-from lragent.serve.engine.types import ReplicaLostError, RoleCard
+from lragent.serve.engine.types import NoReplicaError, RoleCard
 from lragent.serve.replicas.link import Link
+from lragent.stacking import single
 
 T = TypeVar("T")
 
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Source:
-    """From which a role can be loaded again."""
+    """From which a role can be loaded again. adapters: of it alone, as they were read and checked. Its file may have
+    changed or gone by the time that a replica begins anew, which could then never serve what the others do."""
 
     adapters: AdapterSet
     role: str
@@ -47,19 +49,19 @@ class LoadedRoles:
         """See Service.prepare_role: read and checked everywhere, and a place found. `up` stays with the replicas.
 
         Raises UserError where it does not fit, RoleRoomError where a replica has no free place for it, and
-        ReplicaLostError where one goes meanwhile.
+        ReplicaLostError where one goes meanwhile; NoReplicaError where none is there.
         """
-        source = _Source(adapters, role, name, root)
+        source = _Source(single(adapters, role), role, name, root)
         answers = [link.ask(partial(_prepare, source)) for link in links]
         digests = [answer.result() for answer in answers]
         if not digests:
-            raise ReplicaLostError("No replica runs at this moment; try again soon.")
+            raise NoReplicaError("No replica runs at this moment; try again soon.")
         self._prepared = {name: source}
         return PreparedRole(name, digests[0], root, {})
 
     def load(self, links: Sequence[Link], prepared: PreparedRole, parent: str) -> None:
         """Serve what `prepare` has returned. Every replica has a place for it: they are taken under `lock` alone."""
-        source = self._prepared[prepared.name]
+        source = self._prepared.pop(prepared.name)
         _on_all(links, partial(_load, source))
         self._changes[source.name] = source
         card = RoleCard(prepared.name, parent, prepared.root, prepared.digest)
@@ -86,7 +88,7 @@ def _on_all(links: Sequence[Link], question: Callable[[EngineService], T]) -> li
     """The answers. A replica that goes meanwhile is not missed: it begins anew, and catches up.
 
     Raises what one raises where no other has done it; else whoever failed to do as the others begins anew too. Raises
-    ReplicaLostError where no replica is left.
+    ReplicaLostError where no replica is left, NoReplicaError where none was there.
     """
     asked = [(link, link.ask(question)) for link in links]
     answers: list[T] = []
@@ -97,7 +99,7 @@ def _on_all(links: Sequence[Link], question: Callable[[EngineService], T]) -> li
         except Exception as fault:
             faults.append((link, fault))
     if not answers:
-        raise faults[0][1] if faults else ReplicaLostError("No replica runs at this moment; try again soon.")
+        raise faults[0][1] if faults else NoReplicaError("No replica runs at this moment; try again soon.")
     for link, reason in faults:
         logger.error("replica %d did not do as the others and begins anew: %s", link.place, reason)
         link.hang_up()

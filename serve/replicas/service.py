@@ -25,6 +25,8 @@ from lragent.serve.engine.types import (
     EngineDeadError,
     FinishReason,
     GenerationRequest,
+    NoReplicaError,
+    Prompt,
     QueueFullError,
     ReplicaLostError,
     ReplicaState,
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 MOST_TRIES = 3
 """Replicas to which one request is given: were it the request that ends them, it must not end them all."""
+_NONE = "No replica runs at this moment; they are being started anew"
+_ANY_PROMPT = Prompt((0,))
 
 
 class ReplicatedService:
@@ -86,7 +90,7 @@ class ReplicatedService:
         """Why none can."""
         if self._links or self._stopping:
             return None
-        return "No replica runs at this moment; they are being started anew"
+        return _NONE
 
     @property
     def roles(self) -> Sequence[RoleCard]:
@@ -135,14 +139,16 @@ class ReplicatedService:
         reading.join()
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises UserError where `request` cannot be served; a new grammar is compiled here."""
+        """Raises UserError where `request` cannot be served; a new grammar is compiled here. Its prompt is looked at
+        where it is submitted: a long one need not travel twice."""
+        asked = replace(request, prompt=_ANY_PROMPT)
         for tries in range(1, MOST_TRIES + 1):
             with self._lock:
                 link = next(iter(self._links.values()), None)
             if link is None:
                 raise self._none()
             try:
-                link.ask(partial(_check, request)).result()
+                link.ask(partial(_check, asked)).result()
                 return
             except ReplicaLostError:
                 if tries == MOST_TRIES:
@@ -164,7 +170,7 @@ class ReplicatedService:
             self._runs[request.request_id] = run
         try:
             self.place(run)
-        except EngineDeadError:
+        except BaseException:
             self.ended(run)
             raise
         return handed_over(chunks, partial(self.cancel, request.request_id))
@@ -254,7 +260,7 @@ class ReplicatedService:
             link.forgotten = True
             if self._links.pop(link.number, None) is None:
                 return
-            self._affinity.forget(link.number)
+            self._affinity.lost_one()
             self._ended = added([self._ended, counters_of(link.stats)])
             self._left[link.place] += link.open
         if not self._stopping:
@@ -277,12 +283,16 @@ class ReplicatedService:
         return next((place for place in range(len(self._starts)) if place not in taken), None)
 
     def _none(self) -> EngineDeadError:
-        return EngineDeadError("The server is shutting down." if self._stopping else f"{self.failure}.")
+        if self._stopping:
+            return EngineDeadError("The server is shutting down.")
+        return NoReplicaError(f"{_NONE}.")
 
     def _changed(self, change: Callable[[], None]) -> Future[None]:
         done: Future[None] = Future()
 
         def work() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
                 with self._loaded.lock:
                     change()
@@ -343,6 +353,8 @@ class _Run:
                 return
             except EngineDeadError as none:
                 fault = none
+            except Exception:  # it must be told of its end none the less
+                logger.exception("request %s cannot be given to another replica", self.request.request_id)
         self.take(Chunk(finish_reason=FinishReason.ERROR, error=str(fault), fault=fault), outbox)
 
 

@@ -18,7 +18,7 @@ def test_every_form_of_prompt(client: openai.OpenAI, service: FakeService, promp
     assert answer.choices[0].finish_reason == "stop"
     request = service.requests[-1]
     assert request.prompt.ids.tolist() == [BOS, *HI]
-    assert request.prompt.position_roles is None
+    assert request.prompt.speakers is None
     assert request.prompt.opening == 1
     assert request.request_id == answer.id
 

@@ -133,11 +133,13 @@ def test_what_training_saw_is_what_serving_gives(
         if message["role"] != "assistant":
             continue
         prompt = prompts.prepare(MESSAGES[:at], message["name"], "")
+        assert prompt.speakers is not None
         start = len(prompt.token_ids)
         end = start + len(tiny_tokenizer()(message["content"], add_special_tokens=False).input_ids) + 1
         said = example.token_ids[start:end].tolist()
+        roles = [role for role, count in prompt.speakers for _ in range(count)]
         name = recorder.submit(
-            message["name"], prompt.token_ids, len(said), position_roles=prompt.position_roles,
+            message["name"], prompt.token_ids, len(said), position_roles=roles,
             opening=prompt.opening, ignore_eos=False,
         )  # fmt: skip
         recorder.forced[name] = iter(said)

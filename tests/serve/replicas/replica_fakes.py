@@ -39,7 +39,7 @@ class FakeReplica:
         self.wire = Wire(Connection(ours.detach()))
         self.submitted: list[GenerationRequest] = []
         self.cancelled: list[str] = []
-        self.asked: list[str] = []
+        self.questions: list[Any] = []
         self.refusal: Exception | None = None
         """What every question gets."""
         begun = threading.Event()
@@ -57,9 +57,14 @@ class FakeReplica:
                 self.say(message.request_id, Chunk(finish_reason=FinishReason.CANCELLED))
             elif isinstance(message, Ask):
                 question: Any = message.question
-                self.asked.append(question.func.__name__)
+                self.questions.append(question)
                 value = "digest" if "prepare" in question.func.__name__ else None
                 self.wire.send(Answer(message.number, value, self.refusal))
+
+    @property
+    def asked(self) -> list[str]:
+        """The names of the questions."""
+        return [question.func.__name__ for question in self.questions]
 
     def say(self, request_id: str, *chunks: Chunk) -> None:
         self.wire.send(Said([(request_id, chunk) for chunk in chunks]))

@@ -74,11 +74,53 @@ def test_tenants_do_not_share_what_is_known() -> None:
 def test_what_a_lost_replica_held_goes_to_others_and_is_held_there() -> None:
     affinity = Affinity()
     own = affinity.choose("", prompt((1, 50)), IDLE)
-    affinity.forget(own)
-    affinity.check_integrity()
+    affinity.lost_one()
     left = {1 - own: Load(5, 8)}
     assert affinity.choose("", prompt((1, 50), (2, 5)), left) == 1 - own
+    affinity.check_integrity()
     assert affinity.choose("", prompt((1, 50), (2, 5), (3, 5)), left | {7: Load(0, 8)}) == 1 - own
+
+
+def test_what_a_lost_replica_held_does_not_hide_a_shorter_prompt_that_another_holds() -> None:
+    affinity, context = Affinity(), (1, WORTH_TOKENS)
+    own = affinity.choose("", prompt(context), IDLE)
+    assert affinity.choose("", prompt(context, (2, 5)), {own: Load(8, 8), 1 - own: Load(0, 8)}) == 1 - own
+    affinity.lost_one()
+    assert affinity.choose("", prompt(context, (2, 5), (3, 5)), {own: Load(7, 8), 7: Load(0, 8)}) == own
+    affinity.check_integrity()
+
+
+sizes = st.sampled_from([0, 5, 9, 14, WORTH_TOKENS, WORTH_TOKENS + 5, WORTH_TOKENS + 9])
+asked_of_three = st.lists(st.tuples(sizes, st.tuples(*[st.sampled_from([0, 1, 4])] * 3), st.booleans()), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(asked_of_three)
+def test_forgetting_bit_by_bit_chooses_as_forgetting_at_once(
+    asked: list[tuple[int, tuple[int, int, int], bool]],
+) -> None:
+    affinity, at_once = Affinity(), Affinity()
+    loads = {number: Load(0, 4) for number in range(3)}
+    for length, busy, goes in asked:
+        loads = {number: Load(at, 4) for number, at in zip(loads, busy, strict=True)}
+        ids = prompt((1, length))
+        chosen = affinity.choose("", ids, loads)
+        assert chosen == at_once.choose("", ids, loads)
+        if goes:
+            loads = {number: load for number, load in loads.items() if number != chosen} | {max(loads) + 1: Load(0, 4)}
+            affinity.lost_one()
+            at_once.lost_one()
+            for name in [name for name, known in at_once._known.items() if known.replica == chosen]:
+                at_once._drop(name)
+        affinity.check_integrity()
+
+
+def test_a_loss_keeps_nobody_waiting_while_all_that_is_known_is_looked_through() -> None:
+    affinity = Affinity()
+    affinity.choose("", prompt((1, 50)), IDLE)
+    known, affinity._known = affinity._known, None  # type: ignore[assignment]  # whoever looks fails
+    affinity.lost_one()
+    affinity._known = known
 
 
 turns = st.tuples(
@@ -96,6 +138,6 @@ def test_memory_is_bounded_and_the_choice_is_one_of_those_there(asked: list[tupl
         assert affinity.choose(salt, prompt((seed, length)), loads) in loads
         if goes:
             gone = min(loads)
-            affinity.forget(gone)
+            affinity.lost_one()
             loads = {number: load for number, load in loads.items() if number != gone} | {max(loads) + 1: Load(0, 4)}
         affinity.check_integrity()

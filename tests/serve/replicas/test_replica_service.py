@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import socket
 import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from replica_fakes import FACTS, FakeReplica, fake_fleet, wait_for
+from tiny import make_adapter_set, tiny_model
 
 from lragent.errors import UserError
+from lragent.serve.api.app import create_app
+from lragent.serve.api.settings import ServeSettings
 from lragent.serve.engine.engine import EngineStats, TokenSums
 from lragent.serve.engine.types import (
     Chunk,
@@ -175,6 +181,47 @@ def test_without_any_replica_nothing_is_taken_and_one_that_comes_back_serves() -
     played(work)
 
 
+def test_while_none_runs_clients_are_told_when_to_come_again() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            for each in replicas:
+                each.die()
+            await met(lambda: not service.alive)
+            app = create_app(service, ServeSettings(roles_folder=Path(".")))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+                asked = {"model": "plan", "prompt": [5, 6]}
+                answers = [await http.get("/health"), await http.post("/v1/completions", json=asked)]
+                answers.append(await http.post("/v1/completions", json=asked | {"stream": True}))
+                form = {"response_format": {"type": "regex", "pattern": "a*"}}
+                answers.append(await http.post("/v1/completions", json=asked | form))
+                answers.append(await http.post("/v1/unload_lora_adapter", json={"lora_name": "plan"}))
+            for answer in answers:
+                assert (answer.status_code, answer.headers.get("retry-after")) == (503, "5"), answer.text
+                assert answer.json()["error"]["code"] == "no_replica"
+
+    played(work)
+
+
+def test_what_cannot_be_placed_leaves_nothing_open() -> None:
+    async def work() -> None:
+        with fake_fleet() as (service, replicas):
+            answering = asyncio.create_task(gathered(service, request()))
+            first = await met(partial(having, replicas))
+
+            def choose(*given: object) -> int:
+                raise ValueError("a bug")
+
+            service._affinity.choose = choose  # type: ignore[method-assign]
+            with pytest.raises(ValueError, match="a bug"):
+                service.stream(request("second"))
+            assert set(service._runs) == {"r"}
+            first.die()
+            assert isinstance((await answering).fault, ReplicaLostError)
+            assert not service._runs
+
+    played(work)
+
+
 def test_what_is_wrong_with_a_request_is_told_and_not_tried_elsewhere() -> None:
     async def work() -> None:
         with fake_fleet() as (service, replicas):
@@ -184,6 +231,25 @@ def test_what_is_wrong_with_a_request_is_told_and_not_tried_elsewhere() -> None:
             last = await answering
             assert isinstance(last.fault, UserError)
             assert sum(len(each.submitted) for each in replicas) == 1
+
+    played(work)
+
+
+def test_a_long_prompt_travels_once_and_takes_little_more_than_its_ids() -> None:
+    async def work() -> None:
+        with fake_fleet(1) as (service, replicas):
+            roles = [f"role {at // 500 % 3}" for at in range(50_000)]
+            asked = GenerationRequest("r", "plan", Prompt(range(50_000), roles, 3), GREEDY, whole=True)
+            assert len(pickle.dumps(asked, pickle.HIGHEST_PROTOCOL)) < 50_000 * 4 + 5_000
+            service.check(asked)
+            assert replicas[0].questions[-1].args[0].prompt.ids.size == 1
+            answering = asyncio.create_task(gathered(service, asked))
+            (there,) = await met(lambda: replicas[0].submitted)
+            assert there.prompt.ids.tolist() == list(range(50_000))
+            assert there.prompt.opening == 3
+            assert [name for name, count in there.prompt.speakers for _ in range(count)] == roles
+            replicas[0].finish("r")
+            await answering
 
     played(work)
 
@@ -218,7 +284,7 @@ def test_counters_of_a_replica_that_has_gone_stay() -> None:
 
 def test_roles_come_and_go_on_all_replicas_and_on_those_that_begin_later() -> None:
     with fake_fleet() as (service, replicas):
-        adapters: Any = "adapters"
+        adapters = make_adapter_set(tiny_model(), ("plan", "action"))
         prepared = service.prepare_role(adapters, "plan", name="new", root="/roles/new")
         assert prepared.digest == "digest"
         service.load_role(prepared).result(5)
@@ -228,12 +294,26 @@ def test_roles_come_and_go_on_all_replicas_and_on_those_that_begin_later() -> No
             assert each.asked == ["_prepare", "_load", "_unload"]
         replicas[0].die()
         wait_for(lambda: not all(state.alive for state in service.replicas))
-        assert FakeReplica(service).asked == ["_unload", "_load"]
+        late = FakeReplica(service)
+        assert late.asked == ["_unload", "_load"]
+        kept = late.questions[-1].args[0].adapters
+        assert kept.role_names == ("plan",), "the others of its pack are not kept"
+        assert kept.role_digest("plan") == adapters.role_digest("plan")
+
+
+def test_who_gives_up_waiting_for_a_role_does_not_break_off_its_loading() -> None:
+    with fake_fleet() as (service, _):
+        with service._loaded.lock:  # another change is being made
+            unloading = service.unload_role("plan")
+            wait_for(unloading.running)
+            assert not unloading.cancel()
+        unloading.result(5)
+        assert [card.name for card in service.roles] == ["base"]
 
 
 def test_a_role_that_does_not_fit_is_refused_and_one_replica_that_fails_alone_begins_anew() -> None:
     with fake_fleet() as (service, replicas):
-        adapters: Any = "adapters"
+        adapters = make_adapter_set(tiny_model(), ("plan", "action"))
         replicas[0].refusal = UserError("lora_path: is of another base.")
         with pytest.raises(UserError, match="another base"):
             service.prepare_role(adapters, "plan", name="new", root="/roles/new")
@@ -314,3 +394,11 @@ def test_who_fails_to_take_a_piece_ends_that_request_only() -> None:
             assert service.alive
 
     played(work)
+
+
+def test_one_that_cannot_be_told_what_it_is_asked_is_given_up() -> None:
+    with fake_fleet(1) as (service, _):
+        (link,) = service._live()
+        with pytest.raises(ReplicaLostError):
+            link.ask(lambda engine: engine).result(5)
+        assert not service.alive

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,15 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"^replicas: each takes a GPU, and there are 1, not 2"):
         begin(on_gpu=True)
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(UserError, match=r"^TMPDIR: .*longlong.* such as /tmp\.$"):
+        begin()
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(
