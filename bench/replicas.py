@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -68,13 +69,17 @@ def main(argv: Sequence[str]) -> int:
     for number in range(args.repeats):
         for replicas in args.replicas[:: -1 if number % 2 else 1]:
             for apart in (False, True) if args.apart and replicas == 1 else (replicas > 1,):
-                numbers["rounds"] += measured(args, served, replicas, apart, number, console)
-    numbers["rows"] = rows(numbers["rounds"])
-    if args.kill:
-        numbers["kill"] = killed(args, served, console)
+                with (
+                    started(server_words(served, replicas, apart)) as (url, server),
+                    Clients(url, args.clients) as clients,
+                ):
+                    numbers["rounds"] += measured(args, clients, replicas, apart, number, console)
+                    if args.kill and number == args.repeats - 1 and replicas == max(args.replicas):
+                        numbers["kill"] = killed(args, clients, url, server, console)
+                numbers["rows"] = rows(numbers["rounds"])
+                if not args.no_save:  # after each server: the next may not come up
+                    machine.save("replicas", numbers, args.output or machine.RESULTS)
     console.print(table(numbers["rows"]))
-    if not args.no_save:
-        console.print(f"saved as {machine.save('replicas', numbers, args.output or machine.RESULTS)}")
     print(json.dumps(numbers))
     failures = [failure for each in numbers["rounds"] for failure in each["failures"]]
     failures += numbers["kill"]["failures"] if numbers["kill"] else []
@@ -84,17 +89,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measured(
-    args: argparse.Namespace, served: Served, replicas: int, apart: bool, number: int, console: Console
+    args: argparse.Namespace, clients: Clients, replicas: int, apart: bool, number: int, console: Console
 ) -> list[dict[str, Any]]:
     """A round of every load on one server: figures of each."""
     found = []
-    words = server_words(served, replicas, apart)
-    with started(words) as (url, _), Clients(url, args.clients) as clients:
-        play(clients, part_of(args, max(args.concurrent) // 4 or 1, seed=99, steps=3))  # buffers, plans, connections
-        for at, concurrent in enumerate(args.concurrent):
-            figures = play(clients, part_of(args, concurrent, seed=1 + at + 10 * number))
-            found.append({"replicas": replicas, "apart": apart, "concurrent": concurrent} | figures)
-            console.print(f"{label(found[-1])}, {concurrent} at once: {figures['tokens_s']} tokens/s", highlight=False)
+    play(clients, part_of(args, max(args.concurrent) // 4 or 1, seed=99, steps=3))  # buffers, plans, connections
+    for at, concurrent in enumerate(args.concurrent):
+        figures = play(clients, part_of(args, concurrent, seed=1 + at + 10 * number))
+        found.append({"replicas": replicas, "apart": apart, "concurrent": concurrent} | figures)
+        console.print(f"{label(found[-1])}, {concurrent} at once: {figures['tokens_s']} tokens/s", highlight=False)
     return found
 
 
@@ -104,19 +107,17 @@ def play(clients: Clients, whole: Part) -> dict[str, Any]:
     return summed(clients.ended())
 
 
-def killed(args: argparse.Namespace, served: Served, console: Console) -> dict[str, Any]:
+def killed(
+    args: argparse.Namespace, clients: Clients, url: str, server: psutil.Process, console: Console
+) -> dict[str, Any]:
     """One round in which a replica is killed: what became of the requests, and how long it was gone."""
     replicas, concurrent = max(args.replicas), max(args.concurrent)
     whole = part_of(args, concurrent, seed=77, persistent=True)
     expected = whole.trajectories * len(whole.trace())
-    with (
-        started(server_words(served, replicas, apart=True)) as (url, server),
-        Clients(url, args.clients) as clients,
-        httpx.Client(base_url=url, timeout=30.0, trust_env=False) as http,
-    ):
-        began = time.time()
+    with httpx.Client(base_url=url, timeout=30.0, trust_env=False) as http:
+        began, before = time.time(), metric(http, "requests_total")
         clients.begin(split(whole, clients.count))
-        while metric(http, "requests_total") < KILLED_AFTER * expected:
+        while metric(http, "requests_total") - before < KILLED_AFTER * expected:
             time.sleep(0.02)
         victim, at = replica_processes(server)[0], time.time()
         victim.kill()
@@ -136,7 +137,7 @@ def killed(args: argparse.Namespace, served: Served, console: Console) -> dict[s
         "run_again_by_the_server": None if failures else int(left) - again,
         "failures": failures,
         "recovery_s": back,
-        "longest_silence_s": round(max(after - before for before, after in itertools.pairwise([began, *ends])), 3),
+        "longest_silence_s": round(max(one - other for other, one in itertools.pairwise([began, *ends])), 3),
         "answers_s_before": rate(ends, ends[0] if ends else began, at),
         "answers_s_while_gone": None if back is None or not ends else rate(ends, at, min(at + back, ends[-1])),
     }
