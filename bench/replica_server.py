@@ -73,17 +73,17 @@ def build(served: Served) -> EngineService:
     return EngineService(engine, chat, cards, served.shape)
 
 
-def run(served: Served, replicas: int, apart: bool) -> None:
-    """Serve until SIGTERM. One replica is in this process, unless it is to be `apart`."""
+def run(served: Served, replicas: int) -> None:
+    """Serve until SIGTERM. replicas: 0 is an engine in this process."""
     settings = ServeSettings(port=0, drain_s=DRAIN_S, log_level="warning")
-    with bind(settings.host, settings.port) as sock, _service(served, replicas, apart) as service:
+    with bind(settings.host, settings.port) as sock, _service(served, replicas) as service:
         app = create_app(service, settings)
         serve(app, service, settings, sock, lambda url: print(f"serving on {url}", flush=True))
 
 
 @contextmanager
-def _service(served: Served, replicas: int, apart: bool) -> Iterator[Service]:
-    if replicas > 1 or apart:
+def _service(served: Served, replicas: int) -> Iterator[Service]:
+    if replicas:
         make = partial(build, served)
         on_gpu = served.device == "cuda"
         with running_fleet(make, replicas, on_gpu=on_gpu, max_waiting=4096, seed=0, log_level="warning") as fleet:

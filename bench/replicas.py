@@ -1,6 +1,6 @@
 """How throughput grows with the number of replicas, and what a killed one costs.
 
-    python -m lragent.bench replicas --shape llama-3.1-8b --replicas 1,2 --concurrent 32,64 --kill
+    python -m lragent.bench replicas --shape llama-3.1-8b --concurrent 32,64 --kill
 
 Many trajectories of three roles (see `trace`) are played over HTTP to `lragent serve`'s own server, by processes of
 their own. Each number of replicas gets a server of its own, and rounds of them take turns. With --kill, one replica of
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         asyncio.run(client(args.client))
         return 0
     if args.serve:
-        run(Served(**json.loads(args.serve)), args.replicas[0], args.apart)
+        run(Served(**json.loads(args.serve)), args.replicas[0])
         return 0
     console = Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
@@ -68,17 +68,16 @@ def main(argv: Sequence[str]) -> int:
     }
     for number in range(args.repeats):
         for replicas in args.replicas[:: -1 if number % 2 else 1]:
-            for apart in (False, True) if args.apart and replicas == 1 else (replicas > 1,):
-                with (
-                    started(server_words(served, replicas, apart)) as (url, server),
-                    Clients(url, args.clients) as clients,
-                ):
-                    numbers["rounds"] += measured(args, clients, replicas, apart, number, console)
-                    if args.kill and number == args.repeats - 1 and replicas == max(args.replicas):
-                        numbers["kill"] = killed(args, clients, url, server, console)
-                numbers["rows"] = rows(numbers["rounds"])
-                if not args.no_save:  # after each server: the next may not come up
-                    machine.save("replicas", numbers, args.output or machine.RESULTS)
+            with (
+                started(server_words(served, replicas)) as (url, server),
+                Clients(url, args.clients) as clients,
+            ):
+                numbers["rounds"] += measured(args, clients, replicas, number, console)
+                if args.kill and number == args.repeats - 1 and replicas == max(args.replicas):
+                    numbers["kill"] = killed(args, clients, url, server, console)
+            numbers["rows"] = rows(numbers["rounds"])
+            if not args.no_save:  # after each server: the next may not come up
+                machine.save("replicas", numbers, args.output or machine.RESULTS)
     console.print(table(numbers["rows"]))
     print(json.dumps(numbers))
     failures = [failure for each in numbers["rounds"] for failure in each["failures"]]
@@ -89,14 +88,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measured(
-    args: argparse.Namespace, clients: Clients, replicas: int, apart: bool, number: int, console: Console
+    args: argparse.Namespace, clients: Clients, replicas: int, number: int, console: Console
 ) -> list[dict[str, Any]]:
     """A round of every load on one server: figures of each."""
     found = []
     play(clients, part_of(args, max(args.concurrent) // 4 or 1, seed=99, steps=3))  # buffers, plans, connections
     for at, concurrent in enumerate(args.concurrent):
         figures = play(clients, part_of(args, concurrent, seed=1 + at + 10 * number))
-        found.append({"replicas": replicas, "apart": apart, "concurrent": concurrent} | figures)
+        found.append({"replicas": replicas, "concurrent": concurrent} | figures)
         console.print(f"{label(found[-1])}, {concurrent} at once: {figures['tokens_s']} tokens/s", highlight=False)
     return found
 
@@ -168,20 +167,22 @@ def metric(http: httpx.Client, name: str) -> float:
 
 def rows(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians over the rounds of each server and load. efficiency: of the throughput of one replica with as many at
-    once as each replica has here; `best_efficiency`: of the best throughput that one replica has under any load."""
-    groups: dict[tuple[int, bool, int], list[dict[str, Any]]] = defaultdict(list)
+    once as each replica has here; `best_efficiency`: of the best throughput that one replica has under any load. An
+    engine in the server's own process, 0 replicas, counts as one."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for each in rounds:
         if each["ttft_ms"] is not None:  # else nothing was answered, which its failures tell
-            groups[each["replicas"], each["apart"], each["concurrent"]].append(each)
+            groups[each["replicas"], each["concurrent"]].append(each)
     made = []
     names = ("tokens_s", "requests_s", "generated_s", "ttft_ms", "ttft_p95_ms", "cached_share")
-    for (replicas, apart, concurrent), alike in groups.items():
+    for (replicas, concurrent), alike in groups.items():
         figures = {name: statistics.median(each[name] for each in alike) for name in names}
-        made.append({"replicas": replicas, "apart": apart, "concurrent": concurrent, "rounds": len(alike)} | figures)
-    single = {row["concurrent"]: row["tokens_s"] for row in made if row["replicas"] == 1 and not row["apart"]}
+        made.append({"replicas": replicas, "concurrent": concurrent, "rounds": len(alike)} | figures)
+    single = {row["concurrent"]: row["tokens_s"] for row in made if row["replicas"] == 1}
     for row in made:
-        alike_load = single.get(row["concurrent"] // row["replicas"])
-        share = row["tokens_s"] / row["replicas"]
+        engines = max(1, row["replicas"])
+        alike_load = single.get(row["concurrent"] // engines)
+        share = row["tokens_s"] / engines
         row["efficiency"] = None if alike_load is None else round(share / alike_load, 3)
         row["best_efficiency"] = round(share / max(single.values()), 3) if single else None
     return made
@@ -189,9 +190,9 @@ def rows(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def label(row: dict[str, Any]) -> str:
     """What a server is called."""
-    return f"{row['replicas']} replica{'s' * (row['replicas'] > 1)}" + (
-        ", apart" if row["apart"] and row["replicas"] == 1 else ""
-    )
+    if not row["replicas"]:
+        return "engine in the server's process"
+    return f"{row['replicas']} replica{'s' * (row['replicas'] > 1)}"
 
 
 def table(made: Sequence[dict[str, Any]]) -> Table:
@@ -222,9 +223,9 @@ def served_of(args: argparse.Namespace) -> Served:
     return Served(args.shape, args.device, dtype, positions, args.seats, args.slots)
 
 
-def server_words(served: Served, replicas: int, apart: bool) -> list[str]:
+def server_words(served: Served, replicas: int) -> list[str]:
     """The command line of a server."""
-    return ["--serve", json.dumps(vars(served)), "--replicas", str(replicas), *(["--apart"] if apart else [])]
+    return ["--serve", json.dumps(vars(served)), "--replicas", str(replicas)]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -237,8 +238,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--shape", default="tiny", help=f"of the model: {', '.join(SHAPES)} (default: tiny)")
     flag("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--replicas", type=_numbers, default=(1, 2), metavar="N,…", help="servers that are measured (default: 1,2)")
-    flag("--apart", action="store_true", help="measure one replica in a process of its own too")
+    flag(
+        "--replicas", type=_numbers, default=(0, 1, 2), metavar="N,…", help="servers; 0: no --replicas (default: 0,1,2)"
+    )
     flag("--concurrent", type=_numbers, default=(16, 32), metavar="N,…", help="trajectories at once (default: 16,32)")
     flag("--waves", type=int, default=2, help="trajectories for each of those at once (default: 2)")
     flag("--context", type=int, default=256, help="tokens of each tool call (default: 256)")
@@ -253,6 +255,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flag("--serve", help=argparse.SUPPRESS)
     flag("--client", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if min(args.concurrent) < 1:
+        raise UserError(f"--concurrent: must be at least 1, not {min(args.concurrent)}.")
     for name in ("waves", "context", "steps", "seats", "clients", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: must be at least 1, not {getattr(args, name)}.")
@@ -265,6 +269,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = tuple(int(word) for word in text.split(","))
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError("must be numbers from 1 on, with commas between them")
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError("must be numbers with commas between them")
     return numbers

@@ -83,8 +83,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--replicas",
         type=int,
         metavar="N",
-        help="engines behind this address, on a GPU each; more than one need `pip install 'lragent[replicas]'` "
-        "(default: 1, in this process)",
+        help="engines behind this address, in a process and on a GPU each; they need `pip install 'lragent[replicas]'` "
+        "(default: one engine, in this process)",
     )
     flag("--seed", type=int, help="for requests without a seed of their own (default: 0)")
     flag("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
@@ -134,11 +134,11 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _running(settings: ServeSettings) -> Iterator[Service]:
-    """What `settings` asks for, ready to serve: an engine in this process, or several in others."""
+    """What `settings` asks for, ready to serve: an engine in this process, or some in others."""
     from lragent.serve.engine.build import build_service
 
     build = partial(build_service, **_engine_options(settings))
-    if settings.replicas > 1:
+    if settings.replicas is not None:
         import torch
 
         from lragent.serve.replicas.fleet import running_fleet

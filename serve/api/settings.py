@@ -78,9 +78,9 @@ class ServeSettings:
     prices: Prices = field(default_factory=Prices)
     budgets: tuple[Budget, ...] = ()
     """Limits on what keys, roles and trajectories may cost. They need a ledger."""
-    replicas: int = 1
-    """Engines behind this address, each in a process and, where there are GPUs, on a GPU of its own. More than one
-    need Ray (`pip install 'lragent[replicas]'`); one runs in this process."""
+    replicas: int | None = None
+    """Engines behind this address, each in a process and, where there are GPUs, on a GPU of its own. They need Ray
+    (`pip install 'lragent[replicas]'`). None: one engine, in this process."""
     enforce_eager: bool = False
     """On a GPU: capture no CUDA graphs. Starts faster, runs slower: for debugging."""
     check_integrity: bool = False
@@ -98,10 +98,8 @@ class ServeSettings:
             raise UserError("lora_modules: cannot be used together with roles; put all into one pack (`lragent pack`).")
         if self.budgets and self.ledger is None:
             raise UserError("budgets: need a ledger to be counted in; give one with --ledger.")
-        if self.replicas > 1 and self.device.startswith("cuda:"):
-            raise UserError(
-                f"device: {self.device} is one GPU, and each of {self.replicas} replicas takes one; say cuda."
-            )
+        if self.replicas is not None and self.device.startswith("cuda:"):
+            raise UserError(f"device: {self.device} is one GPU, and replicas take what there is; say cuda.")
         at_least = (("max_num_waiting", 1), ("max_n", 1), ("max_roles", 1), ("replicas", 1))
         for name, least in at_least:
             value = getattr(self, name)

@@ -58,7 +58,7 @@ def running_fleet(
     GPUs, and what `build` raises.
     """
     if find_spec("ray") is None:
-        raise UserError("replicas: more than one need Ray; pip install 'lragent[replicas]', or leave --replicas at 1.")
+        raise UserError("replicas: need Ray; pip install 'lragent[replicas]', or leave --replicas out.")
     if on_gpu and torch.cuda.device_count() < count:
         raise UserError(
             f"replicas: each takes a GPU, and there are {torch.cuda.device_count()}, not {count}; ask for fewer."

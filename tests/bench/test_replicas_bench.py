@@ -28,20 +28,22 @@ def test_figures_are_of_all_processes_together() -> None:
 def test_efficiency_is_of_one_replica_with_its_share_of_the_load() -> None:
     figures = {"requests_s": 1.0, "generated_s": 1.0, "ttft_ms": 1.0, "ttft_p95_ms": 1.0, "cached_share": 0.5}
     rounds = [
-        {"replicas": 1, "apart": False, "concurrent": 4, "tokens_s": 100.0},
-        {"replicas": 1, "apart": False, "concurrent": 8, "tokens_s": 150.0},
-        {"replicas": 2, "apart": True, "concurrent": 8, "tokens_s": 170.0},
-        {"replicas": 2, "apart": True, "concurrent": 8, "tokens_s": 190.0},
+        {"replicas": 0, "concurrent": 4, "tokens_s": 80.0},
+        {"replicas": 1, "concurrent": 4, "tokens_s": 100.0},
+        {"replicas": 1, "concurrent": 8, "tokens_s": 150.0},
+        {"replicas": 2, "concurrent": 8, "tokens_s": 170.0},
+        {"replicas": 2, "concurrent": 8, "tokens_s": 190.0},
     ]
-    two = rows([each | figures for each in rounds])[-1]
+    none, *_, two = rows([each | figures for each in rounds])
     assert (two["tokens_s"], two["rounds"]) == (180.0, 2)
     assert (two["efficiency"], two["best_efficiency"]) == (0.9, 0.6)
+    assert none["efficiency"] == 0.8
 
 
 def test_a_round_without_any_answer_has_no_row_and_breaks_nothing() -> None:
     nothing = summed([Outcome(10.0, 12.0, 0, [], 0, 0, 0, [], ["HTTP 503"], 0)])
     assert (nothing["tokens_s"], nothing["ttft_ms"], nothing["failures"]) == (0.0, None, ["HTTP 503"])
-    assert rows([{"replicas": 1, "apart": False, "concurrent": 4} | nothing]) == []
+    assert rows([{"replicas": 1, "concurrent": 4} | nothing]) == []
 
 
 def test_a_rate_counts_answers_between_two_moments() -> None:

@@ -46,7 +46,7 @@ def test_a_temporary_folder_with_too_long_a_path_is_named(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("given", "named"), [({"replicas": 0}, "replicas"), ({"replicas": 2, "device": "cuda:1"}, "device")]
+    ("given", "named"), [({"replicas": 0}, "replicas"), ({"replicas": 1, "device": "cuda:1"}, "device")]
 )
 def test_a_wrong_setting_is_named(given: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=f"^{named}: "):
@@ -54,7 +54,7 @@ def test_a_wrong_setting_is_named(given: dict[str, object], named: str) -> None:
 
 
 def test_one_gpu_by_number_is_right_for_one_engine() -> None:
-    assert ServeSettings(device="cuda:1").replicas == 1
+    assert ServeSettings(device="cuda:1").replicas is None
 
 
 def test_ray_is_not_imported_before_a_fleet_runs() -> None:
