@@ -35,6 +35,7 @@ def _is_elementwise(module: nn.Module) -> bool:
     )
 
 
-def wants_compiling(asked: bool | None, device: torch.device, *, sharded: bool) -> bool:
-    """What `compile` in the settings means: None is yes on a GPU, unless the base is sharded."""
-    return (device.type == "cuda" and not sharded) if asked is None else asked
+def wants_compiling(asked: bool | None, device: torch.device, *, zero3: bool) -> bool:
+    """What `compile` in the settings means: None is yes on a GPU, unless ZeRO-3 gathers the base, which DeepSpeed does
+    in ways of its own. FSDP2 gathers before a layer begins, and its parts see whole weights."""
+    return (device.type == "cuda" and not zero3) if asked is None else asked

@@ -124,11 +124,11 @@ def _renew_rotary(base: nn.Module, device: torch.device) -> None:
             base.set_submodule(path, type(module)(module.config).to(device))
 
 
-def shards_base(accelerator: Accelerator) -> bool:
-    """Whether no process has a whole base."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed shards the base."""
+    return bool(
+        accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
 
 
 def check_engine(accelerator: Accelerator, *, quantized: bool, svd: bool = False) -> None:

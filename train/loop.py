@@ -34,10 +34,10 @@ from lragent.train.distributed import (
     Strategy,
     check_engine,
     engine_name,
+    is_zero3,
     load_base,
     make_accelerator,
     make_strategy,
-    shards_base,
 )
 from lragent.train.evaluation import EvalScores
 from lragent.train.examples import Examples, load_examples
@@ -259,7 +259,7 @@ def _prepared(settings: TrainSettings, accelerator: Accelerator, built: RoleMode
     """What trains `built` as `settings` say, and what a step of it computes."""
     flops = ModelFlops(built.model.get_base_model())
     loss = RoleLoss(built, recompute=settings.recompute)
-    if wants_compiling(settings.compile, accelerator.device, sharded=shards_base(accelerator)):
+    if wants_compiling(settings.compile, accelerator.device, zero3=is_zero3(accelerator)):
         compile_elementwise(built)
     strategy = make_strategy(accelerator, built, loss, lr=settings.lr, decay=settings.weight_decay, clip=settings.clip)
     return strategy, flops

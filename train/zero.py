@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,11 @@ class ZeroStrategy(Strategy):
             from deepspeed.utils import set_z3_leaf_modules
 
             # An adapter's matrices are read by attention, after its projection has run: whole layers are gathered.
-            set_z3_leaf_modules(loss, list(self._layer_classes()))
+            layers = tuple(self._layer_classes())
+            set_z3_leaf_modules(loss, list(layers))
+            for layer in self.built.model.modules():
+                if isinstance(layer, layers):
+                    keep_no_inputs(layer)
             # A leaf's gradients are taken when that of its input is there, and the first layer's would need none.
             self.built.model.get_base_model().enable_input_require_grads()
 
@@ -93,6 +98,37 @@ class ZeroStrategy(Strategy):
 
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, moments[moment].to(self.accelerator.device), moment)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`x W^T`, of which only W is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        out = x.matmul(weight.t())
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0].matmul(weight), None, None
+
+
+def keep_no_inputs(layer: nn.Module) -> None:
+    """Let the frozen linears of a layer, which is gathered as a whole, keep no inputs, in place.
+
+    DeepSpeed keeps them, for gradients of weights that here have none: 12 GiB for 8,192 tokens of Llama-3.1-8B. torch
+    does not, but keeps views of the gathered weights, and so the whole base.
+    """
+    for module in layer.modules():
+        if type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters()):
+            module.forward = partial(_frozen, module)  # type: ignore[method-assign]
+
+
+def _frozen(module: nn.Linear, x: Tensor) -> Tensor:
+    out: Tensor = _FrozenLinear.apply(x, module.weight, module.bias)
+    return out
 
 
 def _numbers(parameter: Tensor) -> int:

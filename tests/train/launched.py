@@ -1,8 +1,8 @@
-"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and three others.
+"""What `test_launch.py` launches in several processes: a run, an interrupted one that goes on, and some others.
 
 Arguments: the folder with `tiny/` (a model) and `train.jsonl`, and where to write. Written there: the output folders
-`whole/`, `resumed/`, `sequential/`, `short/` and `frozen/`, and `left.partial/`, an interrupted run. The last line of
-output is the engine's name.
+`whole/`, `resumed/`, `sequential/`, `short/`, `frozen/`, `left.partial/` (an interrupted run) and, under FSDP2,
+`compiled/`. The last line of output is the engine's name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ STEPS, STOP = 5, 3
 SEQUENTIAL = {"objective": "per_role", "tying": "sequential", "max_steps": 2, "recompute": True}
 FROZEN = {"objective": "shared", "tying": "frozen", "a_init": "svd", "max_steps": 2}
 SHORT = {"objective": "shared", "max_steps": 2, "dtype": "bf16"}
+COMPILED = {"objective": "mixed", "max_steps": 2, "compile": True, "recompute": True}
+"""Under FSDP2 alone: of what shards the base, it is the one that compiles by default."""
 
 
 def settings(given: Path, out: Path, **more: object) -> TrainSettings:
@@ -87,8 +89,11 @@ def main() -> None:
     except UserError as error:
         if PartialState().is_main_process:
             print(error, flush=True)
+    engine = engine_name(Accelerator())
+    if engine == "FSDP2":
+        train(settings(given, out / "compiled", **COMPILED))
     if PartialState().is_main_process:
-        print(engine_name(Accelerator()), flush=True)
+        print(engine, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launched import FROZEN, SEQUENTIAL, SHORT, STEPS, settings
+from launched import COMPILED, FROZEN, SEQUENTIAL, SHORT, STEPS, settings
 from test_loop import rows
 from tiny import save_tiny
 from tolerances import STEP_TOLERANCES
@@ -57,6 +57,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(settings(folder, folder / "sequential", **SEQUENTIAL))
     train(settings(folder, folder / "frozen", **FROZEN))
     train(settings(folder, folder / "short", **SHORT))
+    train(settings(folder, folder / "compiled", **COMPILED))
     return folder
 
 
@@ -106,6 +107,8 @@ def test_two_processes_learn_what_one_does_and_go_on_after_an_interruption(
     if "zero3" in config:
         assert "`a_init: svd` does not go with ZeRO-3" in done.stdout
         del runs["frozen"]
+    if "fsdp2" in config:
+        runs["compiled"] = "compiled"
     for name, reference in runs.items():
         mine, alone = steps(tmp_path / name), steps(given / reference)
         assert [row["step"] for row in mine] == [row["step"] for row in alone]
