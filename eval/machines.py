@@ -12,16 +12,25 @@ import torch
 from lragent.atomic import write_file
 from lragent.bench.machine import facts
 from lragent.errors import UserError
+from lragent.eval.records import Record
 
-FOLDER = "machines"
+FOLDER, MACHINE = "machines", "machine"
 
 
 def note_machine(folder: Path) -> None:
     """Write down, in `folder/machines/`, on what this process is about to measure or train."""
-    found = facts(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    text = json.dumps(found, sort_keys=True)
+    text = json.dumps(_here(), sort_keys=True)
     (folder / FOLDER).mkdir(exist_ok=True)
     write_file(folder / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text.encode())
+
+
+def machine_record() -> Record:
+    """The same as a record, for those who write no folder."""
+    return {"kind": MACHINE, **_here()}
+
+
+def _here() -> dict[str, Any]:
+    return facts(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
 def machines_of(folder: Path) -> list[dict[str, Any]]:

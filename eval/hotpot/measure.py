@@ -2,6 +2,7 @@
 
 A cell is one pack in one sharing mode. Its records are written together, and a cell that is there is not run again:
 
+- `machine`, one: where, and with what commit and versions;
 - `text-loss`, one for each role: nats per authored token, teacher-forced over held-out trajectories, and these tokens;
 - `text-steps`, one for each role: turns that the engine generated exactly, of all turns of these trajectories;
 - `text-answers`, one: for each held-out question whether the team's answer was right, its F1, the steps (decisions of
@@ -26,6 +27,7 @@ from lragent.eval.engine_client import engine_complete
 from lragent.eval.examine import examine
 from lragent.eval.hotpot.answers import exact_match, f1
 from lragent.eval.hotpot.split import HELD_OUT, HeldOut, read_held_out
+from lragent.eval.machines import machine_record
 from lragent.eval.next_step import next_steps
 from lragent.eval.records import Record, read_records, write_records
 from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
@@ -97,10 +99,12 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
     adapters = read_pack(settings.roles, expect_fingerprint=source.fingerprint())
     if missing := [role for role in ROLES if role not in adapters.role_names]:
         raise UserError(f"{settings.roles}: has no role {missing[0]}; the trajectories need {', '.join(ROLES)}.")
+    machine = machine_record()
     losses = _losses(settings, source, adapters, left)
     for mode in left:
         cell = {"label": settings.label, "seed": settings.seed, "mode": str(mode)}
-        made = [
+        made = [machine | cell]
+        made += [
             {"kind": LOSS, **cell, "role": role, "loss": found["loss"], "tokens": found["tokens"]}
             for role, found in losses[mode].items()
         ]

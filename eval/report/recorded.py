@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lragent.errors import UserError
-from lragent.eval.machines import machines_of
+from lragent.eval.machines import MACHINE, machines_of
 from lragent.eval.records import Record
 from lragent.eval.run_folder import RUN, speeds_of
 from lragent.eval.study.folder import PLAN
@@ -22,7 +22,7 @@ def merged(folders: Sequence[Path]) -> list[Record]:
             raise UserError(f"{path}: is no folder of `lragent eval study` or `lragent eval run`.")
     machines = {json.dumps(facts, sort_keys=True): facts for path in folders for facts in machines_of(path)}
     return [
-        *({"kind": "machine", **machines[text]} for text in sorted(machines)),
+        *({"kind": MACHINE, **machines[text]} for text in sorted(machines)),
         *records_of([path for path in folders if (path / PLAN).is_file()]),
         *speeds_of([path for path in folders if (path / RUN).is_file()]),
     ]

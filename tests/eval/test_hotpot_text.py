@@ -87,7 +87,7 @@ def test_every_mode_is_measured_once(
         own = [record for record in records if record["mode"] == mode]
         found = sorted((record["kind"], record.get("role", "")) for record in own)
         each = [(kind, role) for kind in ("text-loss", "text-steps") for role in sorted(ROLES)]
-        assert found == [("text-answers", ""), *each]
+        assert found == [("machine", ""), ("text-answers", ""), *each]
         for record in own:
             if record["kind"] == "text-loss":
                 assert 2 < record["loss"] < 20
