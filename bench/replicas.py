@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
             if not args.no_save:  # after each server: the next may not come up
                 machine.save("replicas", numbers, args.output or machine.RESULTS)
     console.print(table(numbers["rows"]))
+    if not args.no_save:
+        console.print(f"saved in {args.output or machine.RESULTS}", highlight=False)
     print(json.dumps(numbers))
     failures = [failure for each in numbers["rounds"] for failure in each["failures"]]
     failures += numbers["kill"]["failures"] if numbers["kill"] else []
@@ -153,7 +155,7 @@ def recovery_s(http: httpx.Client, since: float) -> float | None:
     """Seconds from `since` until all replicas serve again; None where they do not."""
     while time.time() - since < RECOVERY_S:
         health = http.get("/health").json().get("replicas", {})
-        if time.time() - since > 0.5 and health.get("alive") == health.get("of"):
+        if time.time() - since > 0.5 and health and health["alive"] == health["of"]:
             return round(time.time() - since, 2)
         time.sleep(0.05)
     return None
@@ -270,5 +272,5 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = tuple(int(word) for word in text.split(","))
     if min(numbers) < 0:
-        raise argparse.ArgumentTypeError("must be numbers with commas between them")
+        raise argparse.ArgumentTypeError("must be numbers from 0 on, with commas between them")
     return numbers

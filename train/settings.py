@@ -80,7 +80,7 @@ class TrainSettings:
     """Keep only what goes into each layer and compute the rest again in the backward pass: a third slower, and room for
     trajectories of tens of thousands of tokens."""
     compile: bool | None = None
-    """Compile the base's elementwise parts with `torch.compile`; None = on a GPU, but under ZeRO-3."""
+    """Compile the base's elementwise parts with `torch.compile`; None = on a GPU, except under ZeRO-3."""
 
     eval_every: int | None = None
     """Optimizer steps between evaluations, besides those before the first step and after the last one."""

@@ -48,10 +48,11 @@ def info_router(context: Context, metrics: Metrics) -> APIRouter:
     @router.get("/health", response_model=None, openapi_extra=some)
     @router.head("/health", response_model=None, include_in_schema=False)
     async def health() -> JSONResponse:
-        if service.replicas and service.failure is not None:
-            raise NoReplicaError(f"{service.failure}.")
+        failure = service.failure  # a replica may come at any moment
+        if service.replicas and failure is not None:
+            raise NoReplicaError(f"{failure}.")
         if not service.alive:
-            raise ApiError(503, service.failure or "The engine has stopped.", code="engine_dead")
+            raise ApiError(503, failure or "The engine has stopped.", code="engine_dead")
         body: dict[str, Any] = {"status": "ok"}
         if service.replicas:
             body["replicas"] = {"alive": sum(each.alive for each in service.replicas), "of": len(service.replicas)}

@@ -99,7 +99,9 @@ class ServeSettings:
         if self.budgets and self.ledger is None:
             raise UserError("budgets: need a ledger to be counted in; give one with --ledger.")
         if self.replicas is not None and self.device.startswith("cuda:"):
-            raise UserError(f"device: {self.device} is one GPU, and replicas take what there is; say cuda.")
+            raise UserError(
+                f"device: {self.device} is one GPU, and replicas take all; say cuda, and which by CUDA_VISIBLE_DEVICES."
+            )
         at_least = (("max_num_waiting", 1), ("max_n", 1), ("max_roles", 1), ("replicas", 1))
         for name, least in at_least:
             value = getattr(self, name)

@@ -176,7 +176,7 @@ class Prompt:
     token_ids: the whole context, at least one token; kept as an array [P] int32. A long context is best given as one.
     position_roles: the role that processes each position where no cache holds it; None = the role asked for. Used in
         the modes with one writer per token; in the others the role asked for processes all. Kept as `speakers` only,
-        which are as few as the turns: a prompt may have to travel.
+        which are as few as the turns: a prompt may have to travel. A copy by `replace` must be given them again.
     opening: how many of the last tokens open the turn asked for. They always belong to the role that speaks: they hit
         only entries that this role wrote.
     key: under which the answer is remembered, for a client that sends its text back; None: nobody will.

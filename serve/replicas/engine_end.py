@@ -18,6 +18,7 @@ from lragent.serve.replicas.wire import Answer, Ask, Cancel, Facts, Logged, Said
 logger = logging.getLogger(__name__)
 
 _STATS_S = 0.25
+_MOST_MISSED = 20
 
 
 class EngineEnd:
@@ -131,12 +132,16 @@ class EngineEnd:
         self._send(answer)
 
     def _tell_stats(self) -> None:
-        told = None
+        told, missed = None, 0
         while not self._ended.wait(_STATS_S):
             try:
                 stats = self._service.stats()
             except RuntimeError:  # what is counted has changed meanwhile: the next time will do
+                missed += 1
+                if missed == _MOST_MISSED:
+                    raise
                 continue
+            missed = 0
             if stats != told:
                 told = stats
                 self._send(Stats(stats))

@@ -61,7 +61,8 @@ def running_fleet(
         raise UserError("replicas: need Ray; pip install 'lragent[replicas]', or leave --replicas out.")
     if on_gpu and torch.cuda.device_count() < count:
         raise UserError(
-            f"replicas: each takes a GPU, and there are {torch.cuda.device_count()}, not {count}; ask for fewer."
+            f"replicas: each takes a GPU, and there are {torch.cuda.device_count()}, not {count}; ask for fewer, or "
+            "leave --replicas out."
         )
     make = partial(ReplicatedService, places=count, max_waiting=max_waiting, seed=seed)
     with (
@@ -224,7 +225,7 @@ def _deploy(build: Callable[[], EngineService], count: int, door: _Door, on_gpu:
         graceful_shutdown_timeout_s=0.0,  # the front has drained
         ray_actor_options={"num_cpus": 0, "num_gpus": 1 if on_gpu else 0},
     )(EngineReplica)
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, torch.get_num_threads() // count)
     bound = deployment.bind(build, door.address, door.key, threads, log_level)
     target = serve.RunTarget(bound, name=APPLICATION, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)

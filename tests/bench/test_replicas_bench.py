@@ -60,5 +60,5 @@ def test_a_short_round_with_a_kill(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["cached_share"] > 0.5
     kill = numbers["kill"]
     assert kill["answered"] == kill["requests"] == 108
-    assert kill["run_again_by_the_server"] + kill["streams_sent_again_by_the_client"] == kill["open_on_the_killed"]
+    assert kill["open_on_the_killed"] >= kill["streams_sent_again_by_the_client"]
     assert kill["recovery_s"] is not None

@@ -21,6 +21,7 @@ from lragent.train.distributed import engine_name
 from lragent.train.interrupt import InterruptedRun
 from lragent.train.loop import train
 from lragent.train.settings import TrainSettings
+from lragent.train.zero import ZeroStrategy
 
 STEPS, STOP = 5, 3
 SEQUENTIAL = {"objective": "per_role", "tying": "sequential", "max_steps": 2, "recompute": True}
@@ -67,8 +68,21 @@ def watch_dtypes() -> None:
     run.PhaseRun.run = told  # type: ignore[method-assign]
 
 
+def share_out_small_weights() -> None:
+    """Let ZeRO-3 shard small weights too, as it does those of a real model; else all of this one's would stay whole."""
+    prepare = ZeroStrategy._before_prepare
+
+    def prepared(self: ZeroStrategy, loss: role_loss.RoleLoss) -> None:
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        config["stage3_param_persistence_threshold"] = 0
+        prepare(self, loss)
+
+    ZeroStrategy._before_prepare = prepared  # type: ignore[method-assign]
+
+
 def main() -> None:
     given, out = Path(sys.argv[1]), Path(sys.argv[2])
+    share_out_small_weights()
     role_loss.LOGITS_AT_ONCE["cpu"] = 10 * 300  # several pieces, and not as many in every process
     train(settings(given, out / "whole"))
     before = run.PhaseRun._step
