@@ -264,8 +264,8 @@ class ReplicatedService:
             self._ended = added([self._ended, counters_of(link.stats)])
             self._left[link.place] += link.open
         if not self._stopping:
-            becomes = "go elsewhere" if self._links else "end, as there is no other replica"
-            logger.warning("replica %d has gone; its %d open requests %s", link.place, link.open, becomes)
+            becomes = "go elsewhere" if self._links else "end, for there is no other replica"
+            logger.warning("replica %d has gone; open requests, which %s: %d", link.place, becomes, link.open)
 
     def _seeded(self, request: GenerationRequest) -> GenerationRequest:
         with self._lock:
