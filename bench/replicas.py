@@ -77,10 +77,10 @@ def main(argv: Sequence[str]) -> int:
                     numbers["kill"] = killed(args, clients, url, server, console)
             numbers["rows"] = rows(numbers["rounds"])
             if not args.no_save:  # after each server: the next may not come up
-                machine.save("replicas", numbers, args.output or machine.RESULTS)
+                machine.save("replicas", numbers, args.output)
     console.print(table(numbers["rows"]))
     if not args.no_save:
-        console.print(f"saved in {args.output or machine.RESULTS}", highlight=False)
+        console.print(f"saved in {args.output}", highlight=False)
     print(json.dumps(numbers))
     failures = [failure for each in numbers["rounds"] for failure in each["failures"]]
     failures += numbers["kill"]["failures"] if numbers["kill"] else []
@@ -252,7 +252,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flag("--clients", type=int, default=4, help="client processes (default: 4)")
     flag("--repeats", type=int, default=1, help="rounds (default: 1)")
     flag("--kill", action="store_true", help="also kill a replica of the largest server in the middle of a round")
-    flag("--output", type=Path, metavar="DIR", help="where replicas-<machine>.json goes (bench/results)")
+    flag(
+        "--output",
+        type=Path,
+        default=machine.RESULTS,
+        metavar="DIR",
+        help="where replicas-<machine>.json goes (bench/results)",
+    )
     flag("--no-save", action="store_true", help="print the figures only")
     flag("--serve", help=argparse.SUPPRESS)
     flag("--client", help=argparse.SUPPRESS)

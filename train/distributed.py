@@ -150,9 +150,9 @@ def check_engine(accelerator: Accelerator, *, quantized: bool, svd: bool = False
         for part in ("optimizer", "scheduler"):
             if part in config:
                 raise UserError(f"the DeepSpeed config holds `{part}`; take it out: the roles config says it.")
-        if quantized and state.deepspeed_plugin.zero_stage == 3:
+        if quantized and is_zero3(accelerator):
             raise UserError("`quantize` does not go with ZeRO-3, which cannot shard 4-bit weights; take ZeRO-2 or DDP.")
-        if svd and state.deepspeed_plugin.zero_stage == 3:
+        if svd and is_zero3(accelerator):
             raise UserError(
                 "`a_init: svd` does not go with ZeRO-3, where no process has a whole weight; take `random`."
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lragent.errors import LRAgentError
 from lragent.train.batches import PackedBatch
 from lragent.train.data import NO_TARGET
-from lragent.train.distributed import MOMENTS, Strategy
+from lragent.train.distributed import MOMENTS, Strategy, is_zero3
 from lragent.train.role_loss import RoleLoss, loss_inputs
 
 
@@ -20,23 +20,22 @@ class ZeroStrategy(Strategy):
     """The model and optimizer of one phase of a run under ZeRO-1, -2 or -3, offloaded or not."""
 
     def _before_prepare(self, loss: RoleLoss) -> None:
-        plugin = self.accelerator.state.deepspeed_plugin
-        config = plugin.deepspeed_config
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1  # a batch is one row; what it holds is ours to say
         config["gradient_accumulation_steps"] = 1  # `last` says where a step ends
         config["gradient_clipping"] = self.clip or 0.0
         config.setdefault("zero_force_ds_cpu_optimizer", False)  # the adapters are small, and its own needs a compiler
         # Gradients are collected in a buffer of this many numbers, by default 2 GB of them.
         config["zero_optimization"].setdefault("reduce_bucket_size", sum(map(_numbers, self._learning())))
-        if plugin.zero_stage == 3:
+        if is_zero3(self.accelerator):
             from deepspeed.utils import set_z3_leaf_modules
 
             # An adapter's matrices are read by attention, after its projection has run: whole layers are gathered.
-            layers = tuple(self._layer_classes())
-            set_z3_leaf_modules(loss, list(layers))
-            for layer in self.built.model.modules():
-                if isinstance(layer, layers):
-                    keep_no_inputs(layer)
+            classes = self._layer_classes()
+            set_z3_leaf_modules(loss, list(classes))
+            for module in self.built.model.modules():
+                if type(module) in classes:
+                    keep_no_inputs(module)
             # A leaf's gradients are taken when that of its input is there, and the first layer's would need none.
             self.built.model.get_base_model().enable_input_require_grads()
 

@@ -103,10 +103,12 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
     losses = _losses(settings, source, adapters, left)
     for mode in left:
         cell = {"label": settings.label, "seed": settings.seed, "mode": str(mode)}
-        made = [machine | cell]
-        made += [
-            {"kind": LOSS, **cell, "role": role, "loss": found["loss"], "tokens": found["tokens"]}
-            for role, found in losses[mode].items()
+        made = [
+            machine | cell,
+            *(
+                {"kind": LOSS, **cell, "role": role, "loss": found["loss"], "tokens": found["tokens"]}
+                for role, found in losses[mode].items()
+            ),
         ]
         with Engine(
             settings.model, settings.roles, sharing=mode, max_tokens_in_cache=settings.max_tokens_in_cache

@@ -10,6 +10,7 @@ from lragent.bench.machine import PACKAGES
 from lragent.errors import UserError
 from lragent.eval.analysis import section as analysis_section
 from lragent.eval.hotpot import section as hotpot_section
+from lragent.eval.machines import MACHINE
 from lragent.eval.records import Record, read_records
 from lragent.eval.report import times
 from lragent.eval.report.markdown import table
@@ -107,7 +108,7 @@ def _machines(records: Sequence[Record]) -> list[list[str]]:
     """A row for each machine and its versions, with all commits that were measured there."""
     rows: dict[tuple[str, ...], set[str]] = {}
     for record in records:
-        if record["kind"] in ("machine", "caches"):
+        if record["kind"] in (MACHINE, "caches"):
             key = (record["machine"], record["python"], *(record[package] for package in PACKAGES))
             rows.setdefault(key, set()).add(record["commit"] or "-")
     return [[*key, ", ".join(sorted(rows[key]))] for key in sorted(rows)]

@@ -50,7 +50,7 @@ def info_router(context: Context, metrics: Metrics) -> APIRouter:
     async def health() -> JSONResponse:
         failure = service.failure  # a replica may come at any moment
         if service.replicas and failure is not None:
-            raise NoReplicaError(f"{failure}.")
+            raise NoReplicaError
         if not service.alive:
             raise ApiError(503, failure or "The engine has stopped.", code="engine_dead")
         body: dict[str, Any] = {"status": "ok"}

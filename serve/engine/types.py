@@ -39,7 +39,10 @@ class ReplicaLostError(EngineDeadError):
 
 
 class NoReplicaError(EngineDeadError):
-    """Of several engines none runs just now; they are being started anew."""
+    """Of several engines none runs just now."""
+
+    def __init__(self, message: str = "No replica runs at this moment; they are being started anew.") -> None:
+        super().__init__(message)
 
 
 class QueueFullError(LRAgentError):

@@ -110,19 +110,19 @@ class Affinity:
     def _longest(self, hashes: npt.NDArray[np.uint64], there: Container[int]) -> tuple[int, _Known | None]:
         """The longest known prompt among the prefixes that a replica of those `there` holds, and its length. Longer
         ones, which replicas held that have gone, are dropped: they would hide it."""
+        found: tuple[int, _Known | None] = 0, None
         gone: list[int] = []
-        try:
-            for length, name in self._prefixes(hashes):
-                known = self._known.get(name)
-                if known is None:
-                    continue
-                if known.replica in there:
-                    return length, known
-                gone.append(name)
-            return 0, None
-        finally:
-            for name in gone:
-                self._drop(name)
+        for length, name in self._prefixes(hashes):
+            known = self._known.get(name)
+            if known is None:
+                continue
+            if known.replica in there:
+                found = length, known
+                break
+            gone.append(name)
+        for name in gone:
+            self._drop(name)
+        return found
 
     def _prefixes(self, hashes: npt.NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
         """Length and name of each prefix that may be known, the longest first."""

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _STATS_S = 0.25
 _MOST_MISSED = 20
+"""Looks at the counters, one after another, that may fail."""
 
 
 class EngineEnd:
@@ -48,7 +49,7 @@ class EngineEnd:
             threading.Thread(target=self._to_the_end, args=(work,), name=f"lragent{work.__name__}", daemon=True).start()
 
     def end(self) -> None:
-        """Hang up and end the engine. May be called twice."""
+        """Hang up and end the engine. May be called again."""
         self._ended.set()
         self._wire.hang_up()
         with self._more:

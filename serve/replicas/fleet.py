@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 APPLICATION = "lragent"
 _STOP_S = 5.0
 _AGAIN_S = 0.5
+"""Until replicas are let in again after a fault."""
 _HEALTH_S = 1.0
 _LOOK_S = 2.0
 _SOCKET_PATH = 107

@@ -63,11 +63,11 @@ class Link:
             if self._gone:
                 raise _lost()
             self._open[request.request_id] = listener
-        self._send(Submit(request))
+        self._outgoing.put(Submit(request))
 
     def cancel(self, request_id: str) -> None:
         """End a request; one that has ended is ignored."""
-        self._send(Cancel(request_id))
+        self._outgoing.put(Cancel(request_id))
 
     def ask(self, question: Callable[[EngineService], T]) -> Future[T]:
         """What `question`, which is sent there, says of the replica's service. ReplicaLostError where it has gone."""
@@ -78,7 +78,7 @@ class Link:
                 answer.set_exception(_lost())
                 return answer
             self._asked[number] = answer
-        self._send(Ask(number, question))
+        self._outgoing.put(Ask(number, question))
         return answer
 
     def hang_up(self) -> None:
@@ -151,9 +151,6 @@ class Link:
             logger.exception("the receiver of %s has failed", request_id)
             if chunk.finish_reason is None:
                 self.cancel(request_id)
-
-    def _send(self, message: Any) -> None:
-        self._outgoing.put(message)
 
 
 def _lost() -> ReplicaLostError:

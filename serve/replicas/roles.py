@@ -55,7 +55,7 @@ class LoadedRoles:
         answers = [link.ask(partial(_prepare, source)) for link in links]
         digests = [answer.result() for answer in answers]
         if not digests:
-            raise NoReplicaError("No replica runs at this moment; try again soon.")
+            raise NoReplicaError
         self._prepared = {name: source}
         return PreparedRole(name, digests[0], root, {})
 
@@ -99,7 +99,7 @@ def _on_all(links: Sequence[Link], question: Callable[[EngineService], T]) -> li
         except Exception as fault:
             faults.append((link, fault))
     if not answers:
-        raise faults[0][1] if faults else NoReplicaError("No replica runs at this moment; try again soon.")
+        raise faults[0][1] if faults else NoReplicaError()
     for link, reason in faults:
         logger.error("replica %d did not do as the others and begins anew: %s", link.place, reason)
         link.hang_up()

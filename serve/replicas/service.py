@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 MOST_TRIES = 3
 """Replicas to which one request is given: were it the request that ends them, it must not end them all."""
-_NONE = "No replica runs at this moment; they are being started anew"
 _ANY_PROMPT = Prompt((0,))
 
 
@@ -90,7 +89,7 @@ class ReplicatedService:
         """Why none can."""
         if self._links or self._stopping:
             return None
-        return _NONE
+        return str(NoReplicaError())
 
     @property
     def roles(self) -> Sequence[RoleCard]:
@@ -284,9 +283,7 @@ class ReplicatedService:
         return next((place for place in range(len(self._starts)) if place not in taken), None)
 
     def _none(self) -> EngineDeadError:
-        if self._stopping:
-            return EngineDeadError("The server is shutting down.")
-        return NoReplicaError(f"{_NONE}.")
+        return EngineDeadError("The server is shutting down.") if self._stopping else NoReplicaError()
 
     def _changed(self, change: Callable[[], None]) -> Future[None]:
         done: Future[None] = Future()
