@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,34 @@ class Answer:
             seconds=round(sum(reply.total_s or 0.0 for reply in replies), 4),
             ttft_s=round(sum(reply.ttft_s or 0.0 for reply in replies), 4),
         )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The answers that may be counted: those before the first question that has none.
+
+    Questions are begun in order. Where work was broken off, the open ones are those that take long, which mostly fail:
+    counted with what is behind the first of them, a team would look better than it is.
+    """
+
+    answers: tuple[Answer, ...]
+    """Of questions 0, 1, …"""
+    left_out: int
+
+    @classmethod
+    def of(cls, answers: Mapping[str, Answer]) -> Settled:
+        """From answers by question."""
+        by_number = {int(name.rpartition("-")[2]): answer for name, answer in answers.items()}
+        whole = tuple(by_number[at] for at in itertools.takewhile(by_number.__contains__, itertools.count()))
+        return cls(whole, len(answers) - len(whole))
+
+
+def of_left_out(count: int) -> str:
+    """Why so many answers are not counted, for people."""
+    return (
+        f"{count:,} answers are not counted yet: questions before them are open, and those that take long mostly fail; "
+        "the command that asked them goes on with these."
+    )
 
 
 class AnswerFile:

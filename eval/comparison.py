@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -10,20 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent.eval.agent import Ending
-from lragent.eval.answers import Answer, read_answers
+from lragent.eval.answers import Answer, Settled, of_left_out, read_answers
 from lragent.eval.intervals import wilson
 from lragent.eval.paired import Paired, interval
 
 
 def show(files: Mapping[str, Path], console: Console) -> None:
     """A table with a column for each of `files`, by name; differences are from the first of them. Raises UserError."""
-    found = {name: read_answers(path) for name, path in files.items()}
-    common = sorted(set.intersection(*(set(answers) for answers in found.values())))
+    found = {name: Settled.of(read_answers(path)) for name, path in files.items()}
+    if left_out := sum(settled.left_out for settled in found.values()):
+        console.print(of_left_out(left_out))
+    common = min(len(settled.answers) for settled in found.values())
     if not common:
         console.print("there are no answers yet")
         return
-    table = Table("", *found, title=f"questions that all were asked: {len(common)}; 95% intervals")
-    first, *others = [[answers[at] for at in common] for answers in found.values()]
+    table = Table("", *found, title=f"questions that all were asked: {common}; 95% intervals")
+    first, *others = [settled.answers[:common] for settled in found.values()]
     rows = [first, *others]
     table.add_row("right %", *map(_right, rows))
     for name, compare in (("difference", _difference), ("p (McNemar)", _chance)):
@@ -33,13 +35,13 @@ def show(files: Mapping[str, Path], console: Console) -> None:
     console.print(table)
 
 
-def _right(answers: list[Answer]) -> str:
+def _right(answers: Sequence[Answer]) -> str:
     right = sum(answer.right for answer in answers)
     low, high = wilson(right, len(answers))
     return f"{100 * right / len(answers):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _paired(first: list[Answer], second: list[Answer]) -> Paired:
+def _paired(first: Sequence[Answer], second: Sequence[Answer]) -> Paired:
     return Paired.of([answer.right for answer in first], [answer.right for answer in second])
 
 
@@ -52,7 +54,7 @@ def _chance(pair: Paired) -> str:
     return f"{pair.mcnemar:.2g}"
 
 
-_COSTS: dict[str, Callable[[list[Answer]], str]] = {
+_COSTS: dict[str, Callable[[Sequence[Answer]], str]] = {
     "no answer %": lambda them: f"{100 * fmean(answer.ending != Ending.ACCEPTED for answer in them):.1f}",
     "iterations": lambda them: f"{fmean(answer.iterations for answer in them):.1f}",
     "tokens in the end": lambda them: f"{fmean(answer.context for answer in them):,.0f}",

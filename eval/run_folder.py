@@ -84,7 +84,7 @@ def speeds_of(paths: Sequence[Path]) -> list[Record]:
         folder = RunFolder(path)
         facts = folder.facts()
         for file in sorted(path.glob("*.jsonl")):
-            if answers := read_answers(file):
+            if (cell := cell_of(read_answers(file))) is not None:
                 records.append(
                     {
                         "kind": "speed",
@@ -93,7 +93,7 @@ def speeds_of(paths: Sequence[Path]) -> list[Record]:
                         "mode": file.stem,
                         "workers": facts.get("workers", {}).get(file.stem, []),
                         "machines": sorted({machine["machine"] for machine in machines_of(path)}),
-                        **cell_of(answers),
+                        **cell,
                     }
                 )
     return records

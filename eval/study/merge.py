@@ -11,7 +11,7 @@ from typing import Any
 
 from lragent.config import dump_config, load_config
 from lragent.errors import UserError
-from lragent.eval.answers import Answer, read_answers
+from lragent.eval.answers import Answer, Settled, read_answers
 from lragent.eval.records import Record
 from lragent.eval.study.folder import FIXED, PLAN, StudyFolder
 from lragent.eval.study.plan import StudyPlan
@@ -20,7 +20,6 @@ from lragent.modes import SharingMode
 
 MEANS = ("iterations", "turns", "context", "generated", "computed", "reused", "seconds", "ttft_s")
 """Numbers of an answer whose mean over the questions is kept."""
-NOT_ASKED = "-"
 
 
 def records_of(folders: Iterable[Path]) -> list[Record]:
@@ -59,9 +58,9 @@ def records_of(folders: Iterable[Path]) -> list[Record]:
         for (seed, regime), facts in sorted(trainings.items())
     ]
     records += [
-        {"kind": "answers", "level": level, "seed": seed, "regime": regime, "mode": mode, **cell_of(cell)}
-        for (seed, regime, mode), cell in sorted(answers.items())
-        if cell
+        {"kind": "answers", "level": level, "seed": seed, "regime": regime, "mode": mode, **short}
+        for (seed, regime, mode), found in sorted(answers.items())
+        if (short := cell_of(found)) is not None
     ]
     return records
 
@@ -71,17 +70,18 @@ def _add(found: dict[Any, Any], key: Any, value: Any, where: Path) -> None:
         raise UserError(f"{where}: says of {key} something else than a folder before it; leave one of them out.")
 
 
-def cell_of(answers: Mapping[str, Answer]) -> Record:
-    """Answers to questions of one test set, in short: `right` has a character for each question by its number, 1, 0,
-    or - where it was not asked."""
-    by_number = {int(name.rpartition("-")[2]): answer for name, answer in answers.items()}
-    found = list(by_number.values())
+def cell_of(answers: Mapping[str, Answer]) -> Record | None:
+    """Answers to questions of one test set, in short: `right` has a 1 or 0 for each question, in order, up to the first
+    that is open; `left_out` is how many are answered behind it. None where the first is open."""
+    settled = Settled.of(answers)
+    found = settled.answers
+    if not found:
+        return None
     kinds = sorted({answer.kind for answer in found})
     return {
         "asked": len(found),
-        "right": "".join(
-            str(int(by_number[at].right)) if at in by_number else NOT_ASKED for at in range(max(by_number) + 1)
-        ),
+        "left_out": settled.left_out,
+        "right": "".join(str(int(answer.right)) for answer in found),
         "kinds": {
             kind: [sum(a.right for a in found if a.kind == kind), sum(a.kind == kind for a in found)] for kind in kinds
         },

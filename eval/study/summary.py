@@ -12,7 +12,6 @@ from lragent.errors import UserError
 from lragent.eval.intervals import wilson
 from lragent.eval.paired import Paired, interval
 from lragent.eval.records import Record
-from lragent.eval.study.merge import NOT_ASKED
 from lragent.eval.study.regimes import REGIMES
 from lragent.eval.world.levels import level_named
 from lragent.modes import SharingMode
@@ -32,7 +31,7 @@ class Cell:
 
     @cached_property
     def by_seed(self) -> dict[int, str]:
-        """Right, wrong or not asked, a character for each question."""
+        """Right or wrong, 1 or 0 for each question that was asked, the same ones first."""
         return {record["seed"]: record["right"] for record in self.records}
 
     @property
@@ -157,9 +156,8 @@ class Study:
         pairs: dict[int, Paired] = {}
         for seed in sorted(first.by_seed.keys() & second.by_seed.keys()):
             one, other = first.by_seed[seed], second.by_seed[seed]
-            asked = [at for at, (a, b) in enumerate(zip(one, other, strict=False)) if NOT_ASKED not in (a, b)]
-            if asked:
-                pairs[seed] = Paired.of([one[at] == "1" for at in asked], [other[at] == "1" for at in asked])
+            asked = min(len(one), len(other))
+            pairs[seed] = Paired.of(*([right == "1" for right in cell[:asked]] for cell in (one, other)))
         return Difference(pairs) if pairs else None
 
     def from_exact(self, regime: str, mode: str) -> Difference | None:

@@ -9,10 +9,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lragent.errors import UserError
 from lragent.eval.agent import Ending, Episode, Limits, Message, Reply
-from lragent.eval.answers import Answer, AnswerFile, read_answers
+from lragent.eval.answers import Answer, AnswerFile, Settled, read_answers
 from lragent.eval.world.generate import make_data_set, with_counts
 from lragent.eval.world.levels import LEVELS
 from lragent.eval.world.oracle import Oracle
@@ -26,14 +28,24 @@ def answer(number: int, **changes: object) -> Answer:
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]  # of several types
 
 
+@given(st.sets(st.integers(0, 12)))
+def test_answers_count_up_to_the_first_open_question(numbers: set[int]) -> None:
+    answers = {f"test-{number}": answer(number) for number in sorted(numbers, key=lambda number: number % 5)}
+    settled = Settled.of(answers)
+    whole = len(settled.answers)
+    assert [each.id for each in settled.answers] == [f"test-{number}" for number in range(whole)]
+    assert whole not in numbers
+    assert whole + settled.left_out == len(numbers)
+
+
 def test_what_was_written_is_read_again(tmp_path: Path) -> None:
-    given = [answer(0), answer(1, answer=None, right=False, ending=Ending.CONTEXT)]
+    kept = [answer(0), answer(1, answer=None, right=False, ending=Ending.CONTEXT)]
     with AnswerFile(tmp_path / "new" / "a.jsonl") as file:
-        for each in given:
+        for each in kept:
             file.add(each)
             assert read_answers(file.path)[each.id] == each, "it is there at once"
     with AnswerFile(file.path) as again:
-        assert list(again.answers.values()) == given
+        assert list(again.answers.values()) == kept
         again.add(answer(2))
     assert list(read_answers(file.path)) == ["test-0", "test-1", "test-2"]
 

@@ -40,6 +40,19 @@ def test_modes_are_compared_on_what_all_were_asked(tmp_path: Path) -> None:
     assert rows["tokens reused"] == ["700", "700"]
 
 
+def test_answers_behind_an_open_question_are_not_counted(tmp_path: Path) -> None:
+    """Broken off while a question was open that takes long: those that were quick look better than the team is."""
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path) as file:
+        for number, right in ((0, False), (2, True), (3, True)):
+            file.add(answer(number, right=right))
+    out = io.StringIO()
+    show({"a": path}, Console(file=out, width=80))
+    assert "2 answers are not counted yet" in " ".join(out.getvalue().split())
+    rows = {row[0]: row[1:] for row in shown({"a": path})}
+    assert rows["right %"] == ["0.0 (0.0 to 79.3)"]
+
+
 def test_all_right_is_not_surely_right(tmp_path: Path) -> None:
     """A bootstrap of three right answers would say: from 100 to 100."""
     same = [write(tmp_path / f"{name}.jsonl", lambda number: True, 3) for name in "ab"]

@@ -26,7 +26,7 @@ RIGHT = {
     ("mixed", "non_shared"): ("1111111100", "1111100000"),
     ("mixed", "full_shared"): ("1000000000", "1000000000"),
     ("mixed", "base_lr_shared"): ("1111111011", "1111111110"),
-    ("apart", "non_shared"): ("111111111-", "111111111-"),
+    ("apart", "non_shared"): ("111111111", "111111111"),
     ("apart", "base_lr_shared"): ("1111100000", "0000000000"),
     ("healed", "base_lr_shared"): ("1111111110", "1111111110"),
 }
@@ -34,7 +34,7 @@ RIGHT = {
 
 
 def answers(regime: str, mode: str, seed: int, right: str, **more: Any) -> dict[str, Any]:
-    asked = len(right.replace("-", ""))
+    asked = len(right)
     cell = {"kind": "answers", "level": "demo", "seed": seed, "regime": regime, "mode": mode, "asked": asked}
     found = {
         "kinds": {"yes_no": [right[:4].count("1"), 4], "two_hop": [right[4:].count("1"), asked - 4]},
@@ -197,7 +197,7 @@ def run_folder(path: Path, workers: int = 4) -> Path:
     folder.begin(path.parent / "world.json", "demo", "http://127.0.0.1:1/v1", 45)
     folder.note("endpoint", workers, here=False)
     with AnswerFile(folder.answers("endpoint")) as file:
-        for number, right in ((1, True), (3, False)):
+        for number, right in ((0, True), (2, False), (1, False)):
             file.add(answer(number, right)) if f"test-{number}" not in file.answers else None
     return path
 
@@ -207,8 +207,8 @@ def test_a_run_is_merged(tmp_path: Path) -> None:
     (record,) = merged([path])
     assert [record[name] for name in ("kind", "label", "mode")] == ["speed", "team", "endpoint"]
     assert (record["level"], record["workers"], record["machines"]) == ("demo", [4], [])
-    assert (record["asked"], record["right"]) == (2, "-1-0")
-    assert record["mean"] | {"computed": 200.0, "seconds": 0.5, "ttft_s": 0.25, "turns": 6.0} == record["mean"]
+    assert (record["asked"], record["right"]) == (3, "100")
+    assert record["mean"] | {"computed": 100.0, "seconds": 0.5, "ttft_s": 0.25, "turns": 6.0} == record["mean"]
     run_folder(path, workers=1)
     assert merged([path])[0]["workers"] == [1, 4], "gone on with, at another pace"
     RunFolder(path).note("endpoint", 1, here=True)
