@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share, 95% by default: sound where the share is near 0 or 1. Raises ValueError."""
+def wilson(right: float, total: float, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson interval of a share, 95% by default: sound where the share is near 0 or 1. Raises ValueError.
+
+    right, total: of a mean of several shares, those of one sample that would tell as much.
+    """
     if not 0 <= right <= total or total == 0:
         raise ValueError(f"{right} of {total} is no share.")
     share, square = right / total, z * z

@@ -12,6 +12,8 @@ from lragent.errors import UserError
 from lragent.eval.agent import Complete, Message, OutOfContextError, Reply
 
 CONTEXT_ERROR = "context_length_exceeded"
+CONTEXT_WORDS = "maximum context length"
+"""In the message of servers that give their own code, or none: vLLM has 400."""
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def openai_complete(client: openai.OpenAI, *, extra_body: dict[str, Any] | None 
                 extra_body=extra_body,
             )
         except openai.BadRequestError as error:
-            if error.code == CONTEXT_ERROR:
+            if error.code == CONTEXT_ERROR or CONTEXT_WORDS in str(error.message).lower():
                 raise OutOfContextError(f"The trajectory no longer fits: {error.message}") from error
             raise
         pieces: list[str] = []

@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Paired:
-    """How many questions each of two ways got right, and how many both. Sums of such are over several seeds."""
+    """How many questions each of two ways got right, and how many both."""
 
     both: int
     only_first: int
@@ -49,15 +49,15 @@ class Paired:
 
 
 def interval(pairs: Iterable[Paired], *, seed: int = 0) -> tuple[float, float]:
-    """The 95% bootstrap interval of the difference, questions drawn anew within each of `pairs` (one for each seed of
-    training). To draw questions is to draw how many fall into each of the four cells.
+    """The 95% bootstrap interval of the mean difference of `pairs` (one for each seed of training, which all weigh the
+    same), questions drawn anew within each. To draw questions is to draw how many fall into each of the four cells.
 
     Where no question tells both ways apart, drawing them anew shows no difference either. Then the bounds are the
     largest share of such questions of which as many would all be alike in 2.5% of cases (Clopper and Pearson, 1934).
     """
     pairs = list(pairs)
-    total = sum(pair.total for pair in pairs)
     if not any(pair.only_first or pair.only_second for pair in pairs):
+        total = sum(pair.total for pair in pairs)
         most = 1 - 0.025 ** (1 / total)
         return -most, most
     rng = np.random.default_rng(seed)
@@ -65,6 +65,6 @@ def interval(pairs: Iterable[Paired], *, seed: int = 0) -> tuple[float, float]:
     for pair in pairs:
         shares = np.array([pair.both, pair.only_first, pair.only_second, pair.neither]) / pair.total
         drawn = rng.multinomial(pair.total, shares, RESAMPLES)
-        differences += drawn[:, 2] - drawn[:, 1]
-    low, high = np.percentile(differences / total, [2.5, 97.5])
+        differences += (drawn[:, 2] - drawn[:, 1]) / pair.total
+    low, high = np.percentile(differences / len(pairs), [2.5, 97.5])
     return float(low), float(high)

@@ -103,7 +103,8 @@ def _divergence(records: Sequence[Record], pictures: Path) -> list[str]:
         "### What sharing does to the next token",
         "KL divergence of the next token's distribution from that of `non_shared`, in nats, over every token that a "
         "role authored. In brackets: 95% of the mean, by drawing trajectories anew (of several runs of a label: the "
-        "lowest and the highest mean).",
+        "lowest and the highest mean). It tells how far a mode is from the same roles in `non_shared`, not which of "
+        "both is right: roles that learnt from shared caches alone, as by `shared`, are at home in these.",
         table(["trained", "mode", "mean KL", "median", "99th percentile", "likeliest token changed, %"], rows(overall)),
         "By the role that speaks.",
         table(["trained", "mode", *roles], rows(of_roles)),

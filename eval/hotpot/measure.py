@@ -2,7 +2,7 @@
 
 A cell is one pack in one sharing mode. Its records are written together, and a cell that is there is not run again:
 
-- `machine`, one: where, and with what commit and versions;
+- `machine`, one: where, with what commit and versions, and the sha256 of the pack;
 - `text-loss`, one for each role: nats per authored token, teacher-forced over held-out trajectories, and these tokens;
 - `text-steps`, one for each role: turns that the engine generated exactly, of all turns of these trajectories;
 - `text-answers`, one: for each held-out question whether the team's answer was right, its F1, the steps (decisions of
@@ -11,6 +11,7 @@ A cell is one pack in one sharing mode. Its records are written together, and a 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from lragent.eval.engine_client import engine_complete
 from lragent.eval.examine import examine
 from lragent.eval.hotpot.answers import exact_match, f1
 from lragent.eval.hotpot.split import HELD_OUT, HeldOut, read_held_out
-from lragent.eval.machines import machine_record
+from lragent.eval.machines import MACHINE, machine_record
 from lragent.eval.next_step import next_steps
 from lragent.eval.records import Record, read_records, write_records
 from lragent.models import ModelSource, load_model, load_tokenizer, resolve_model
@@ -86,6 +87,14 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
     """
     held_out = read_held_out(settings.data)
     records = read_records([settings.out], ("kind", *CELL)) if settings.out.exists() else []
+    pack = hashlib.sha256(settings.roles.read_bytes()).hexdigest() if settings.roles.is_file() else None
+    for record in records:
+        ours = (record["kind"], record["label"], record["seed"]) == (MACHINE, settings.label, settings.seed)
+        if ours and pack is not None and record.get("pack", pack) != pack:
+            raise UserError(
+                f"{settings.out}: holds what another pack did as {settings.label}, seed {settings.seed}; give this one "
+                "another --label or --seed, or another --output."
+            )
     done = {tuple(record[name] for name in CELL) for record in records}
     left = [mode for mode in settings.modes if (settings.label, settings.seed, str(mode)) not in done]
     for mode in settings.modes:
@@ -104,7 +113,7 @@ def measure(settings: TextSettings, tell: Callable[[str], None]) -> None:
     for mode in left:
         cell = {"label": settings.label, "seed": settings.seed, "mode": str(mode)}
         made = [
-            machine | cell,
+            machine | cell | {"pack": pack},
             *(
                 {"kind": LOSS, **cell, "role": role, "loss": found["loss"], "tokens": found["tokens"]}
                 for role, found in losses[mode].items()

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lragent.eval.agent import ROLES, Ending
-from lragent.eval.hotpot.measure import ANSWERS, LOSS, STEPS
+from lragent.eval.hotpot.measure import ANSWERS, LIMITS, LOSS, STEPS
 from lragent.eval.intervals import wilson
+from lragent.eval.paired import Paired, interval
 from lragent.eval.records import Record
 from lragent.eval.report.markdown import table
 from lragent.modes import SharingMode
@@ -48,10 +49,11 @@ def _introduction(records: Sequence[Record]) -> str:
         "HotpotQA trajectories that AutoAct recorded, divided by question; roles learn from one part and are measured "
         f"on the other.{several} Thoughts are free text, so exact turns are mostly names of tools, arguments and "
         "verdicts. Then the team answers held-out questions itself, with a BM25 search over what AutoAct's tools once "
-        f"found.{asked} Intervals are Wilson's, 95%. The sample is small: a difference between modes whose intervals "
-        "overlap much is no finding, and turns of one trajectory are not independent, so that the true intervals of "
-        "turns are somewhat wider. Answers are scored as HotpotQA does (exact match and F1 in normal form); won "
-        "and lost are questions that only this mode, and only `non_shared`, answered right."
+        f"found, in at most {LIMITS.iterations} decisions of plan.{asked} Intervals are Wilson's, 95%. The sample is "
+        "small: a difference between modes whose intervals overlap much is no finding, and turns of one "
+        "trajectory are not independent, so that the true intervals of turns are somewhat wider. Answers are scored as "
+        "HotpotQA does (exact match and F1 in normal form); won and lost are questions that only this mode, and only "
+        "`non_shared`, answered right, and what that makes in points, with its 95% bootstrap interval."
     )
 
 
@@ -108,7 +110,7 @@ def _answers(labels: Sequence[str], records: Sequence[Record]) -> str:
 
 
 def _against_non_shared(label: str, mode: str, records: Sequence[Record]) -> str:
-    """Questions that are right here only, and in `non_shared` only, of those that both were asked."""
+    """Questions that are right here only, and in `non_shared` only, of those that both were asked; and in points."""
 
     def right(served: str) -> dict[tuple[int, str], bool]:
         return {
@@ -122,7 +124,10 @@ def _against_non_shared(label: str, mode: str, records: Sequence[Record]) -> str
     both = here.keys() & there.keys()
     if not both:
         return _NONE
-    return f"+{sum(here[key] > there[key] for key in both)} -{sum(here[key] < there[key] for key in both)}"
+    pair = Paired.of([there[key] for key in both], [here[key] for key in both])
+    low, high = interval([pair])
+    points = f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"+{pair.only_second} -{pair.only_first}: {points}"
 
 
 def _share(right: int, total: int) -> str:

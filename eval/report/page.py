@@ -90,18 +90,23 @@ def _studies(records: Sequence[Record]) -> list[str]:
             f"a world and trainings of its own. {training['model'] or EMBEDDED_NAME} learns in "
             f"{len({r['regime'] for r in own})} ways and is served in {len({r['mode'] for r in own})} sharing modes; "
             f"{sum(r['asked'] for r in own):,} answers were generated, with tools, in at most "
-            f"{study['iterations']} decisions of plan each. Training: {settings}."
+            f"{study['iterations']} decisions of plan each. Training, the same in all ways: "
+            f"{settings}. Another learning rate, model or length of context may lose more, or less."
         )
     return lines
 
 
 def _caches(records: Sequence[Record]) -> list[str]:
-    return [
-        f"- Caches of `{record['label']}` ({record['model']}, {record['dtype']}): {record['trajectories']:,} "
-        f"trajectories, {record['tokens']:,} tokens, on {record['machine']}."
-        for record in records
-        if record["kind"] == "caches"
-    ]
+    """A line for all teams that read the same."""
+    alike: dict[str, list[str]] = {}
+    for record in records:
+        if record["kind"] == "caches":
+            what = (
+                f"({record['model']}, {record['dtype']}) along {record['trajectories']:,} trajectories of "
+                f"{record['data']}, {record['tokens']:,} tokens, on {record['machine']}."
+            )
+            alike.setdefault(what, []).append(f"`{record['label']}`")
+    return [f"- Caches of {', '.join(labels)} {what}" for what, labels in alike.items()]
 
 
 def _machines(records: Sequence[Record]) -> list[list[str]]:

@@ -19,10 +19,11 @@ def section(records: Sequence[Record], pictures: Path) -> str:
     own = [record for record in records if record["kind"] == "speed"]
     if not own:
         return ""
+    levels = " and ".join(f"`{level}`" for level in sorted({record["level"] for record in own}))
     introduction = (
-        "Means over the questions, by `lragent eval run`. Seconds are what the team waited for the model in all turns "
-        "of a question, and of these until first tokens; several questions that are asked at once wait for each other "
-        "too. Times of different machines, or of other numbers at once, do not compare."
+        f"Means over the questions, level {levels}, by `lragent eval run`. Seconds are what the team waited for the "
+        "model in all turns of a question, and of these until first tokens; several questions that are asked at once "
+        "wait for each other too. Times of different machines, or of other numbers at once, do not compare."
     )
     return f"{introduction}\n\n{table(HEADS, [_row(record) for record in own])}\n"
 

@@ -89,6 +89,11 @@ class StudyFolder:
         """What they answered in a mode."""
         return self.seed(seed) / "answers" / f"{regime}.{mode}.jsonl"
 
+    def answered(self, seed: int, regime: str) -> list[Path]:
+        """The files of answers that its roles have begun, whatever mode they were asked in."""
+        files = (self.answers(seed, regime, mode) for mode in SharingMode)
+        return [path for path in files if path.is_file() and path.stat().st_size]
+
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether this process may work on the part `name`: no other does. Ends with the block, or the process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -35,8 +36,8 @@ def records_of(folders: Iterable[Path]) -> list[Record]:
             raise UserError(f"{path}: is no folder of `lragent eval study`.")
         plan = load_config(StudyPlan, path / PLAN)
         first = first or plan
-        for name in FIXED:
-            if getattr(plan, name) != getattr(first, name):
+        for name in (*FIXED, "asking.iterations"):
+            if operator.attrgetter(name)(plan) != operator.attrgetter(name)(first):
                 raise UserError(f"{path}: is a study with another `{name}` than the one before it; merge it by itself.")
         folder = StudyFolder(path, plan)
         for seed in plan.seeds:

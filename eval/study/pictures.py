@@ -15,7 +15,8 @@ SIDEWAYS = 0.16
 
 
 def draw_accuracy(study: Study, path: Path) -> None:
-    """Write a PNG: right answers in percent with 95% intervals, by regime, a colour for each mode."""
+    """Write a PNG: right answers in percent with 95% intervals, by regime, a colour for each mode, and a small dot for
+    each seed."""
     figure = new_figure(3 + 1.4 * len(study.regimes), 4.2)
     axes = figure.subplots()
     for number, mode in enumerate(SharingMode):
@@ -31,6 +32,13 @@ def draw_accuracy(study: Study, path: Path) -> None:
         ]
         places = [at + SIDEWAYS * (number - (len(SharingMode) - 1) / 2) for at, _ in found]
         axes.errorbar(places, shares, around, fmt="o", capsize=3, color=f"C{number}", label=mode.value)
+        seeds = [
+            (place, 100 * share)
+            for place, (_, cell) in zip(places, found, strict=True)
+            for share in cell.shares.values()
+        ]
+        dots = [place for place, _ in seeds], [share for _, share in seeds]
+        axes.scatter(*dots, s=9, color=f"C{number}", alpha=0.5, linewidths=0)
     axes.set_xticks(range(len(study.regimes)), study.regimes)
     axes.set_ylabel("right answers, %")
     axes.grid(True, axis="y", alpha=0.3)

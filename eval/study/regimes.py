@@ -30,12 +30,12 @@ from lragent.train.settings import TrainSettings
 from lragent.train.tasks import Tasks
 
 REGIMES = {
-    "per_role": "per_role, joint A",
-    "shared": "shared, joint A",
-    "mixed": "mixed, joint A",
-    "sequential": "per_role, A by the first role",
-    "apart": "trained apart, stacked",
-    "healed": "trained apart, stacked, healed",
+    "per_role": "each role on contexts of its own, one A learnt by all",
+    "shared": "on a cache that others wrote, one A learnt by all",
+    "mixed": "half as `shared`, half as `per_role`, one A learnt by all",
+    "sequential": "as `per_role`, but A learnt by the first role alone",
+    "apart": "each role by itself, its A its own; then stacked in one pack",
+    "healed": "these, trained on for a little as `shared`",
 }
 """By name, for people. `healed` goes on from `apart`."""
 

@@ -12,7 +12,7 @@ from lragent.eval.study.regimes import FOR_SHARING, REGIMES
 from lragent.eval.study.summary import BASIS, Cell, Difference, Study
 from lragent.modes import SharingMode
 
-NONE = "-"
+NONE, SOME = "-", "°"
 SHARED = SharingMode.BASE_LR_SHARED.value
 FULL = SharingMode.FULL_SHARED.value
 MARGIN = 1.0
@@ -51,20 +51,22 @@ def _level(study: Study, pictures: Path) -> list[str]:
     parts = [
         f"### Right answers, level `{study.level}`",
         *_sentences(study),
-        "In percent, over all seeds, with the 95% interval (Wilson's). Tokens are those that training took (mean over "
-        "seeds); healing's come after those of training apart.",
+        "In percent, mean over seeds, with the 95% interval for other questions (Wilson's). Tokens are those that "
+        "training took (mean over seeds); healing's come after those of training apart." + _partly(study),
         _right(study),
-        "The seed with the fewest and the one with the most, and in brackets the share of questions that got no answer "
-        "within the limits.",
-        _spread(study),
+        *_healing(study),
+        f"By seed ({', '.join(map(str, study.seeds))}; {NONE} where it was not asked), and in brackets the share of "
+        "questions that got no answer within the limits.",
+        _by_seed(study),
         image("Right answers by training and sharing mode", accuracy),
     ]
     if rows := _paired(study):
         parts += [
             f"### What each mode changes, level `{study.level}`",
-            f"Against `{BASIS}` of the same roles on the same questions: points, the 95% bootstrap interval (questions "
-            "drawn anew within each seed), McNemar's exact p. Both speak of other questions, not of another training: "
-            "for that the points by seed stand beside them. The last column is half the widest interval of one seed.",
+            f"Against `{BASIS}` of the same roles, in the seeds and on the questions that both were asked: points, "
+            "mean over seeds, with the 95% bootstrap interval (questions drawn anew within each seed), and McNemar's "
+            "exact p of all questions together. Both speak of other questions, not of another training: for that the "
+            "points by seed stand beside them. The last column is half the widest interval of one seed.",
             table(["trained", "served", "points", "p", "by seed", "questions", "±, one seed"], rows),
         ]
     if rows := _against_best(study):
@@ -81,8 +83,9 @@ def _level(study: Study, pictures: Path) -> list[str]:
         "Right answers in percent; questions in brackets.",
         _kinds(study),
         f"### What a question costs, level `{study.level}`",
-        "Means over the questions: decisions of plan, turns that roles generated, tokens of the trajectory in the end; "
-        "then, over all turns, tokens generated, prompt tokens that went through the model, and those found cached.",
+        "Means over the questions, and then over seeds: decisions of plan, turns that roles generated, tokens of the "
+        "trajectory in the end; then, over all turns, tokens generated, prompt tokens that went through the model, and "
+        "those found cached.",
         _costs(study),
     ]
 
@@ -99,7 +102,12 @@ def _by_mode(study: Study) -> tuple[list[str], list[tuple[str, list[Cell | None]
 def _right(study: Study) -> str:
     modes, found = _by_mode(study)
     rows = [
-        [_code(regime), REGIMES[regime], _tokens(study, regime), *(_share(cell) if cell else NONE for cell in cells)]
+        [
+            _code(regime),
+            REGIMES[regime],
+            _tokens(study, regime),
+            *(_share(cell) + SOME * _lacks(study, cell) if cell else NONE for cell in cells),
+        ]
         for regime, cells in found
     ]
     return table(["trained", "how", "tokens", *map(_code, modes)], rows)
@@ -118,16 +126,19 @@ def _share(cell: Cell) -> str:
     return f"{100 * cell.share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _spread(study: Study) -> str:
+def _lacks(study: Study, cell: Cell) -> bool:
+    return len(cell.by_seed) < len(study.seeds)
+
+
+def _by_seed(study: Study) -> str:
     modes, found = _by_mode(study)
-    rows = [[_code(regime), *(_seeds(cell) if cell else NONE for cell in cells)] for regime, cells in found]
+    rows = [[_code(regime), *(_shares(study, cell) if cell else NONE for cell in cells)] for regime, cells in found]
     return table(["trained", *map(_code, modes)], rows)
 
 
-def _seeds(cell: Cell) -> str:
-    shares = [100 * record["right"].count("1") / record["asked"] for record in cell.records]
-    spread = f"{min(shares):.1f} to {max(shares):.1f}" if len(shares) > 1 else f"{shares[0]:.1f}"
-    return f"{spread} ({100 * cell.out_of_function:.1f})"
+def _shares(study: Study, cell: Cell) -> str:
+    shares = [f"{100 * cell.shares[seed]:.1f}" if seed in cell.shares else NONE for seed in study.seeds]
+    return f"{', '.join(shares)} ({100 * cell.out_of_function:.1f})"
 
 
 def _paired(study: Study) -> list[list[str]]:
@@ -135,7 +146,7 @@ def _paired(study: Study) -> list[list[str]]:
     for regime, mode in study.cells:
         difference = study.from_exact(regime, mode)
         if mode != BASIS and difference is not None:
-            rows.append([_code(regime), _code(mode), *_difference(difference), f"{difference.widest():.1f}"])
+            rows.append([_code(regime), _code(mode), *_difference(study, difference), f"{difference.widest():.1f}"])
     return rows
 
 
@@ -146,25 +157,30 @@ def _against_best(study: Study) -> list[list[str]]:
     for regime, mode in wanted:
         difference = study.from_best(regime, mode)
         if difference is not None:
-            rows.append([_named(regime, mode), f"the best {_code(BASIS)}", *_difference(difference)])
+            rows.append([_named(regime, mode), f"the best {_code(BASIS)}", *_difference(study, difference)])
     healed = study.cells.get(("healed", SHARED))
     for mode in (BASIS, SHARED):  # what these adapters gave alone, and what they gave in one cache before
         before = study.cells.get(("apart", mode))
         difference = study.difference(before, healed) if before and healed else None
         if difference is not None:
-            rows.append([_named("healed", SHARED), _named("apart", mode), *_difference(difference)])
+            rows.append([_named("healed", SHARED), _named("apart", mode), *_difference(study, difference)])
     return rows
 
 
-def _difference(difference: Difference) -> list[str]:
+def _difference(study: Study, difference: Difference) -> list[str]:
     """Points with their interval, p, points by seed, questions."""
     low, high = difference.interval()
     return [
         f"{difference.points:+.1f} ({low:+.1f} to {high:+.1f})",
         _p(difference.total.mcnemar),
-        ", ".join(f"{100 * pair.difference:+.1f}" for pair in difference.by_seed.values()),
+        _points(study, difference),
         f"{difference.total.total:,}",
     ]
+
+
+def _points(study: Study, difference: Difference) -> str:
+    pairs = difference.by_seed
+    return ", ".join(f"{100 * pairs[seed].difference:+.1f}" if seed in pairs else NONE for seed in study.seeds)
 
 
 def _p(p: float) -> str:
@@ -198,19 +214,35 @@ def _costs(study: Study) -> str:
 
 
 def _sentences(study: Study) -> list[str]:
-    """Whether roles that learnt to share keep the answers of the best that there is without sharing."""
+    """Whether roles that learnt to share keep the answers of the best that there is without sharing, and whether such
+    roles need a cache of these modes for it."""
     said = []
-    for regime in FOR_SHARING:
-        difference = study.from_best(regime, SHARED) if (regime, SHARED) in study.cells else None
+    for regime, mode in (*((regime, SHARED) for regime in FOR_SHARING), ("mixed", FULL)):
+        difference = study.from_best(regime, mode) if (regime, mode) in study.cells else None
         if difference is None:
             continue
         low, high = difference.interval()
-        says = "excludes" if low > -MARGIN else "does not exclude"
+        of = f"a loss of more than {MARGIN:g} point"
+        says = f"excludes {of}" if low > -MARGIN else f"shows {of}" if high < -MARGIN else f"does not exclude {of}"
         said.append(
-            f"- {_named(regime, SHARED)}: {difference.points:+.1f} points against the best `{BASIS}`; the 95% interval "
-            f"({low:+.1f} to {high:+.1f}) {says} a loss of more than {MARGIN:g} point."
+            f"- {_named(regime, mode)}: {difference.points:+.1f} points against the best `{BASIS}` (by seed "
+            f"{_points(study, difference)}); the 95% interval for other questions, {low:+.1f} to {high:+.1f}, {says}."
         )
     return ["\n".join(said)] if said else []
+
+
+def _partly(study: Study) -> str:
+    lacking = any(_lacks(study, cell) for cell in study.cells.values())
+    return f" {SOME} marks what was not asked in every seed." if lacking else ""
+
+
+def _healing(study: Study) -> list[str]:
+    """What healing ended by: it goes on until a part that was held out is answered as well as it was apart."""
+    ends = [record["closed"] for record in study.trainings if "closed" in record]
+    if not ends:
+        return []
+    closed = f"{sum(ends)} of {len(ends)}"
+    return [f"Healing closed its gap in {closed} seeds; in the others the tokens that it may take were used up first."]
 
 
 def _best_is(study: Study) -> list[str]:

@@ -35,30 +35,26 @@ class Cell:
         return {record["seed"]: record["right"] for record in self.records}
 
     @property
-    def asked(self) -> int:
-        """Questions, over all seeds."""
-        return sum(record["asked"] for record in self.records)
-
-    @property
-    def right(self) -> int:
-        """Right answers."""
-        return sum(right.count("1") for right in self.by_seed.values())
+    def shares(self) -> dict[int, float]:
+        """Right answers of each seed, as a share."""
+        return {seed: right.count("1") / len(right) for seed, right in self.by_seed.items()}
 
     @property
     def share(self) -> float:
-        """Right answers, as a share."""
-        return self.right / self.asked
+        """Right answers, as a share: the mean over seeds, as a training counts alike however much it was asked."""
+        return fmean(self.shares.values())
 
     def interval(self) -> tuple[float, float]:
-        """95% of `share`, after Wilson: a bootstrap would say of no mistakes that there can be none."""
-        return wilson(self.right, self.asked)
+        """95% of `share`, for other questions, after Wilson: a bootstrap would say of no mistakes that there can be
+        none. A mean of shares of n questions each tells as much as one sample of all; of unequal n, as one of the
+        seeds' number times their harmonic mean."""
+        asked = len(self.by_seed) ** 2 / sum(1 / len(right) for right in self.by_seed.values())
+        return wilson(self.share * asked, asked)
 
     @property
     def out_of_function(self) -> float:
-        """Share of the questions that got no answer within the limits."""
-        return sum(n for record in self.records for ending, n in record["endings"].items() if ending != "accepted") / (
-            self.asked
-        )
+        """Share of the questions that got no answer within the limits, mean over seeds."""
+        return fmean(1 - record["endings"].get("accepted", 0) / record["asked"] for record in self.records)
 
     def by_kind(self, kind: str) -> tuple[int, int]:
         """Right answers and questions of one kind."""
@@ -66,8 +62,8 @@ class Cell:
         return sum(right for right, _ in found), sum(total for _, total in found)
 
     def mean(self, name: str) -> float:
-        """Mean over the questions of a number that a record has the mean of."""
-        return sum(record["asked"] * record["mean"][name] for record in self.records) / self.asked
+        """Mean over the questions, and then over the seeds, of a number that a record has the mean of."""
+        return fmean(record["mean"][name] for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Difference:
 
     @property
     def total(self) -> Paired:
-        """All seeds together."""
+        """The questions of all seeds together."""
         pairs = self.by_seed.values()
         return Paired(
             *(sum(getattr(pair, name) for pair in pairs) for name in ("both", "only_first", "only_second", "neither"))
@@ -86,8 +82,8 @@ class Difference:
 
     @property
     def points(self) -> float:
-        """Of accuracy that the second has more."""
-        return 100 * self.total.difference
+        """Of accuracy that the second has more, mean over seeds."""
+        return 100 * fmean(pair.difference for pair in self.by_seed.values())
 
     def interval(self) -> tuple[float, float]:
         """95% of `points`, by bootstrap within each seed."""
@@ -145,9 +141,9 @@ class Study:
 
     @property
     def best(self) -> Cell | None:
-        """The regime that answers best in the exact mode."""
+        """The regime that answers best in the exact mode, of those that were asked with most seeds: some are easy."""
         exact = [cell for (_, mode), cell in self.cells.items() if mode == BASIS]
-        return max(exact, key=lambda cell: cell.share, default=None)
+        return max(exact, key=lambda cell: (len(cell.by_seed), cell.share), default=None)
 
     def difference(self, first: Cell, second: Cell) -> Difference | None:
         """What `second` has more; None where they are one and the same, or share no question."""

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from lragent.eval.answers import of_left_out
 from lragent.eval.records import Record
-from lragent.eval.study.regimes import REGIMES
 from lragent.eval.study.summary import BASIS, Study
 from lragent.modes import SharingMode
 
@@ -27,7 +26,7 @@ def show(records: Sequence[Record], console: Console) -> None:
     for mode in SharingMode:
         table.add_column(mode.value, justify="right")
     for regime in study.regimes:
-        row = [REGIMES[regime]]
+        row = [regime]
         for mode in SharingMode:
             cell = study.cells.get((regime, mode.value))
             if cell is None:

@@ -76,7 +76,7 @@ def test_one_trajectory_has_no_interval_and_one_kind_is_enough(tmp_path: Path) -
     alone = [record | {"interval": None} for record in records("mixed") if record["kind"] == "divergence"]
     text = section(alone, tmp_path)
     assert rows(text, "mixed")[0][2] == "1"
-    assert "caches" not in text
+    assert "How alike" not in text
     assert section([], tmp_path) == ""
 
 

@@ -163,6 +163,9 @@ def test_packs_and_files_that_do_not_fit_are_refused_before_anything_runs(given:
             measure(TextSettings(given / "data", roles, "x", out, model=str(given / "tiny")), print)
 
     refused("has no role reflect", tmp_path / "two.safetensors", tmp_path / "r.jsonl")
+    taken = {"kind": "machine", "label": "x", "seed": 0, "mode": "non_shared", "pack": "of another"}
+    (tmp_path / "taken.jsonl").write_text(json.dumps(taken) + "\n")
+    refused("another pack did as x, seed 0", given / "pack.safetensors", tmp_path / "taken.jsonl")
     refused("its folder does not exist", given / "pack.safetensors", tmp_path / "no" / "r.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"kind": "text-loss"}\n')
     refused("bad.jsonl:1: is no record", given / "pack.safetensors", tmp_path / "bad.jsonl")
@@ -216,4 +219,5 @@ def test_the_section_compares_modes_question_by_question(tmp_path: Path) -> None
         answers(0, "full_shared", a=False, b=False, c=True, d=False, e=True),
         answers(1, "full_shared", a=False),
     ]
-    assert section(records, tmp_path).splitlines()[-1].endswith(" | 6 | +1 -2 |")
+    last = section(records, tmp_path).splitlines()[-1]
+    assert last.endswith(" | 6 | +1 -2: -20.0 (-80.0 to +40.0) |"), "of the five that both were asked"

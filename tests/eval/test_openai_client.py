@@ -73,9 +73,15 @@ def test_other_servers_tell_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "error"), [("context_length_exceeded", OutOfContextError), ("other", openai.BadRequestError)]
+    ("code", "message", "error"),
+    [
+        ("context_length_exceeded", "no", OutOfContextError),
+        (400, "This model's maximum context length is 64 tokens. However, you requested 70.", OutOfContextError),
+        ("other", "no", openai.BadRequestError),
+        (400, "no", openai.BadRequestError),
+    ],
 )
-def test_only_a_full_context_is_an_ending(code: str, error: type[Exception]) -> None:
-    body = {"error": {"message": "no", "type": "invalid_request_error", "code": code}}
+def test_only_a_full_context_is_an_ending(code: str | int, message: str, error: type[Exception]) -> None:
+    body = {"error": {"message": message, "type": "invalid_request_error", "code": code}}
     with pytest.raises(error):
         openai_complete(client(lambda _: httpx.Response(400, json=body)))("action", MESSAGES, 16)

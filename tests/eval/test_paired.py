@@ -76,12 +76,11 @@ def _normal(z: float) -> float:
 @settings(max_examples=30)
 @given(st.lists(pairs, min_size=1, max_size=3))
 def test_the_interval_holds_the_difference_and_is_the_mirrored_one_s_mirror(several: list[Paired]) -> None:
-    total = sum(pair.total for pair in several)
-    difference = sum(pair.only_second - pair.only_first for pair in several) / total
+    difference = sum(pair.difference for pair in several) / len(several)
     low, high = interval(several)
     assert -1 <= low <= difference <= high <= 1
     other_low, other_high = interval([swapped(pair) for pair in several], seed=1)
-    slack = 0.02 + 2 / total  # two draws; and steps of one question
+    slack = 0.02 + 2 / min(pair.total for pair in several)  # two draws; and steps of one question
     assert other_low == pytest.approx(-high, abs=slack)
     assert other_high == pytest.approx(-low, abs=slack)
 
@@ -97,6 +96,11 @@ def test_it_is_the_bootstrap_over_questions() -> None:
 def test_seeds_are_drawn_within_themselves() -> None:
     """Two seeds that differ, each without chance within itself, leave no chance in their mean."""
     assert interval([Paired(0, 0, 10, 0), Paired(0, 10, 0, 0)]) == (0.0, 0.0)
+
+
+def test_seeds_weigh_the_same_however_much_each_was_asked() -> None:
+    low, high = interval([Paired(0, 0, 2_000, 0), Paired(50, 0, 0, 50), Paired(0, 7, 0, 0)])
+    assert (low, high) == (0.0, 0.0), "all, none and all the other way"
 
 
 def test_ways_that_nothing_told_apart_are_not_surely_the_same() -> None:

@@ -86,10 +86,10 @@ def page(tmp_path: Path) -> str:
 
 def test_right_answers_and_what_training_took(page: str) -> None:
     right, spread = rows(page, "`mixed`")[:2]
-    assert right[1:3] == ["mixed, joint A", "2.01 M"]
+    assert right[1:3] == ["half as `shared`, half as `per_role`, one A learnt by all", "2.01 M"]
     assert [cell.split()[0] for cell in right[3:]] == ["65.0", "10.0", "90.0"], "13, 2 and 18 of 20"
     assert right[3] == "65.0 (43.3 to 81.9)"
-    assert spread[1:] == ["50.0 to 80.0 (10.0)", "10.0 to 10.0 (10.0)", "90.0 to 90.0 (10.0)"]
+    assert spread[1:] == ["80.0, 50.0 (10.0)", "10.0, 10.0 (10.0)", "90.0, 90.0 (10.0)"]
     assert rows(page, "`apart`")[0][2] == "13,000"
     assert rows(page, "`healed`")[0][2:4] == ["+ 0.25 M", "-"], "after apart; in no exact mode"
 
@@ -126,9 +126,10 @@ def test_sentences_follow_from_the_numbers(tmp_path: Path) -> None:
         return line
 
     assert "+0.0 points against the best `non_shared`" in sentence("1" * 400)
-    assert ") excludes a loss of more than 1 point." in sentence("1" * 400)
-    assert "-25.0 points" in sentence("1" * 300 + "0" * 100)
-    assert "does not exclude" in sentence("1" * 398 + "00")
+    assert ", excludes a loss of more than 1 point." in sentence("1" * 400)
+    assert "-25.0 points against the best `non_shared` (by seed -25.0)" in sentence("1" * 300 + "0" * 100)
+    assert ", shows a loss of more than 1 point." in sentence("1" * 300 + "0" * 100)
+    assert ", does not exclude" in sentence("1" * 398 + "00")
 
 
 def test_kinds_and_costs(page: str) -> None:
@@ -174,7 +175,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         write_report([good, bad], page)
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         write_report([tmp_path / "missing.jsonl"], page)
-    with pytest.raises(UserError, match=r"'right'|'asked'|'mean'"):
+    with pytest.raises(UserError, match=r"'level'|'right'|'asked'|'mean'"):
         write_report([keep([{"kind": "speed", "label": "x"}], bad)], page)
     with pytest.raises(UserError, match=r"bad\.jsonl: nothing to report"):
         write_report([keep([{"kind": "other"}], bad)], page)

@@ -39,7 +39,7 @@ def test_a_study_is_made_in_parts_gone_on_with_and_merged(tmp_path: Path) -> Non
     assert main(["eval", "merge", str(one), str(two), "-o", str(out)]) == 0
     made = Study(read_records([out]))
     assert made.seeds == [0, 1]
-    assert {(c.regime, c.mode, c.asked) for c in made.cells.values()} == {
+    assert {(c.regime, c.mode, sum(map(len, c.by_seed.values()))) for c in made.cells.values()} == {
         ("shared", "non_shared", 6), ("shared", "base_lr_shared", 6),
         ("healed", "base_lr_shared", 4),
     }  # fmt: skip
@@ -58,6 +58,10 @@ def test_a_study_is_made_in_parts_gone_on_with_and_merged(tmp_path: Path) -> Non
     changed = json.loads(lines[0]) | {"iterations": 99}
     (copied / "seed-0" / "answers" / answers.name).write_text(json.dumps(changed) + "\n")
     with pytest.raises(UserError, match="something else"):
+        records_of([one, copied])
+    plan = (one / "plan.yaml").read_text()
+    (copied / "plan.yaml").write_text(plan.replace("iterations: ", "iterations: 1"))
+    with pytest.raises(UserError, match=r"another `asking\.iterations`"):
         records_of([one, copied])
 
 

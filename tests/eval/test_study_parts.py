@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_answers import answer
 
 from lragent.config import load_config
 from lragent.errors import UserError
+from lragent.eval.answers import AnswerFile
 from lragent.eval.study import work
 from lragent.eval.study.folder import PLAN, StudyFolder
 from lragent.eval.study.parts import AnswersPart, PackPart, Part, Shift, WorldPart, parts_of
 from lragent.eval.study.plan import StudyPlan
+from lragent.modes import SharingMode
 
 SMALL = ("level=demo", "train=20", "test=4", "questions=2", "modes=[non_shared,base_lr_shared]")
 forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -174,7 +177,9 @@ def _made(part: Part) -> None:
         touched(part.folder.facts(part.seed, part.regime))
     else:
         assert isinstance(part, AnswersPart)
-        touched(part.folder.answers(part.seed, part.regime, part.mode), "{}\n" * 2)
+        with AnswerFile(part.folder.answers(part.seed, part.regime, part.mode)) as file:
+            for number in range(2):
+                file.add(answer(number))
 
 
 def test_a_pack_without_its_facts_is_not_trained_yet(tmp_path: Path) -> None:
@@ -190,6 +195,29 @@ def test_a_pack_without_its_facts_is_not_trained_yet(tmp_path: Path) -> None:
     assert healed.ready()
     touched(folder.answers(0, "healed", answers[0].mode), "{}\n{")  # type: ignore[attr-defined]
     assert not answers[0].done(), "half a line is no answer"
+
+
+def test_another_training_does_not_go_on_with_answers(tmp_path: Path) -> None:
+    """As where answers were saved from a machine that is gone, and the packs were not."""
+    folder = begun(tmp_path / "s", "regimes=[shared]")
+    path = folder.answers(0, "shared", SharingMode.NON_SHARED)
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    assert folder.answered(0, "shared") == [], "none yet"
+    path.write_text("an answer\n")
+    with pytest.raises(UserError, match=r"non_shared\.jsonl: was answered by a pack that is not here any more"):
+        PackPart(folder, 0, "shared").make(shift())
+
+
+def test_what_was_broken_off_is_not_done_however_much_there_is(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "s", "regimes=[shared]")
+    part = AnswersPart(folder, 0, "shared", SharingMode.NON_SHARED)
+    with AnswerFile(folder.answers(0, "shared", part.mode)) as file:
+        for number in (0, 2, 3):
+            file.add(answer(number))
+        assert not part.done(), "two are asked, and the second is open"
+        file.add(answer(1))
+    assert part.done()
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lragent.errors import UserError
+from lragent.eval.intervals import wilson
 from lragent.eval.study.summary import Study
 
 
@@ -22,14 +23,17 @@ def test_modes_are_paired_by_question_within_each_seed() -> None:
         cell("non_shared", "01", seed=1, mean={"turns": 9.0}), cell("full_shared", "0", seed=1),
     ])  # fmt: skip
     exact = study.cells["shared", "non_shared"]
-    assert (exact.asked, exact.right, exact.out_of_function) == (7, 5, 2 / 7)
-    assert exact.mean("turns") == pytest.approx((5 * 7 + 2 * 9) / 7)
+    assert exact.shares == {0: 4 / 5, 1: 1 / 2}
+    assert exact.share == pytest.approx(0.65), "both trainings count alike"
+    assert exact.out_of_function == pytest.approx((1 / 5 + 1 / 2) / 2)
+    assert exact.mean("turns") == 8
+    assert exact.interval() == pytest.approx(wilson(0.65 * 40 / 7, 40 / 7)), "the harmonic mean of 5 and 2, twice"
     found = study.from_exact("shared", "full_shared")
     assert found is not None
     assert (found.total.both, found.total.only_first, found.total.only_second, found.total.neither) == (1, 2, 1, 1)
-    assert found.points == pytest.approx(-20)
+    assert found.points == pytest.approx(100 * (-1 / 4 + 0) / 2)
     low, high = found.interval()
-    assert low <= -20 <= high
+    assert low <= -12.5 <= high
     assert found.widest() >= (high - low) / 2
     assert study.from_best("shared", "non_shared") is None, "it is the best itself"
 
