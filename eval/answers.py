@@ -88,9 +88,10 @@ class Settled:
 
 def of_left_out(count: int) -> str:
     """Why so many answers are not counted, for people."""
+    answers = "1 answer is" if count == 1 else f"{count:,} answers are"
     return (
-        f"{count:,} answers are not counted yet: questions before them are open, and those that take long mostly fail; "
-        "the command that asked them goes on with these."
+        f"{answers} not counted yet, behind a question that is open: those that take long mostly fail. The command "
+        "that asked goes on with it."
     )
 
 
@@ -159,6 +160,7 @@ def _answers_in(content: bytes, path: Path) -> dict[str, Answer]:
 def _read(line: bytes, where: str) -> Answer:
     try:
         values = json.loads(line)
+        int(values["id"].rpartition("-")[2])
         return Answer(**values | {"ending": Ending(values["ending"])})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where}: is no answer of `lragent eval` ({error}); remove the line.") from error

@@ -12,8 +12,8 @@ from lragent.errors import UserError
 from lragent.eval.agent import Complete, Message, OutOfContextError, Reply
 
 CONTEXT_ERROR = "context_length_exceeded"
-CONTEXT_WORDS = "maximum context length"
-"""In the message of servers that give their own code, or none: vLLM has 400."""
+CONTEXT_WORDS = ("maximum context length", "maximum model length")
+"""In the messages of vLLM, whose code is 400 whatever the fault."""
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def openai_complete(client: openai.OpenAI, *, extra_body: dict[str, Any] | None 
                 extra_body=extra_body,
             )
         except openai.BadRequestError as error:
-            if error.code == CONTEXT_ERROR or CONTEXT_WORDS in str(error.message).lower():
+            if error.code == CONTEXT_ERROR or any(words in error.message.lower() for words in CONTEXT_WORDS):
                 raise OutOfContextError(f"The trajectory no longer fits: {error.message}") from error
             raise
         pieces: list[str] = []

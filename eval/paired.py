@@ -52,14 +52,11 @@ def interval(pairs: Iterable[Paired], *, seed: int = 0) -> tuple[float, float]:
     """The 95% bootstrap interval of the mean difference of `pairs` (one for each seed of training, which all weigh the
     same), questions drawn anew within each. To draw questions is to draw how many fall into each of the four cells.
 
-    Where no question tells both ways apart, drawing them anew shows no difference either. Then the bounds are the
-    largest share of such questions of which as many would all be alike in 2.5% of cases (Clopper and Pearson, 1934).
+    Where no question of a seed tells both ways apart, drawing them anew shows no difference either. There may still be
+    some: at most the share of which as many would all be alike in 2.5% of cases (Clopper and Pearson, 1934). By that of
+    the seed that was asked least, the bounds are wider.
     """
     pairs = list(pairs)
-    if not any(pair.only_first or pair.only_second for pair in pairs):
-        total = sum(pair.total for pair in pairs)
-        most = 1 - 0.025 ** (1 / total)
-        return -most, most
     rng = np.random.default_rng(seed)
     differences = np.zeros(RESAMPLES)
     for pair in pairs:
@@ -67,4 +64,6 @@ def interval(pairs: Iterable[Paired], *, seed: int = 0) -> tuple[float, float]:
         drawn = rng.multinomial(pair.total, shares, RESAMPLES)
         differences += (drawn[:, 2] - drawn[:, 1]) / pair.total
     low, high = np.percentile(differences / len(pairs), [2.5, 97.5])
-    return float(low), float(high)
+    least = min((pair.total for pair in pairs if not (pair.only_first or pair.only_second)), default=None)
+    unseen = 0.0 if least is None else (1 - 0.025 ** (1 / least)) / len(pairs)
+    return float(low) - unseen, float(high) + unseen

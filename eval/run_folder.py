@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lragent.atomic import write_file
 from lragent.errors import UserError
 from lragent.eval.agent import Message
-from lragent.eval.answers import read_answers
+from lragent.eval.answers import Settled, of_left_out, read_answers
 from lragent.eval.machines import machines_of, note_machine
 from lragent.eval.records import Record
 from lragent.eval.study.merge import cell_of
@@ -75,8 +75,9 @@ class RunFolder:
         write_file(self.path / RUN, json.dumps(facts).encode())
 
 
-def speeds_of(paths: Sequence[Path]) -> list[Record]:
-    """Records of kind `speed`, one for each mode that was asked, under the name of its folder. Raises UserError."""
+def speeds_of(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Record]:
+    """Records of kind `speed`, one for each mode that was asked, under the name of its folder; `tell` is given what is
+    not counted. Raises UserError."""
     records: list[Record] = []
     for path in paths:
         if any(record["label"] == path.resolve().name for record in records):
@@ -84,7 +85,10 @@ def speeds_of(paths: Sequence[Path]) -> list[Record]:
         folder = RunFolder(path)
         facts = folder.facts()
         for file in sorted(path.glob("*.jsonl")):
-            if (cell := cell_of(read_answers(file))) is not None:
+            settled = Settled.of(read_answers(file))
+            if settled.left_out:
+                tell(f"{file}: {of_left_out(settled.left_out)}")
+            if settled.answers:
                 records.append(
                     {
                         "kind": "speed",
@@ -93,7 +97,7 @@ def speeds_of(paths: Sequence[Path]) -> list[Record]:
                         "mode": file.stem,
                         "workers": facts.get("workers", {}).get(file.stem, []),
                         "machines": sorted({machine["machine"] for machine in machines_of(path)}),
-                        **cell,
+                        **cell_of(settled.answers),
                     }
                 )
     return records

@@ -43,7 +43,8 @@ def section(records: Sequence[Record], pictures: Path) -> str:
 def _introduction(records: Sequence[Record]) -> str:
     seeds = len({record["seed"] for record in records})
     sizes = [len(record["questions"]) for record in records if record["kind"] == ANSWERS]
-    several = f" {seeds} seeds are put together, each with a division and a training of its own." if seeds > 1 else ""
+    apart = "each with a division and a training of its own; some questions are held out in several"
+    several = f" {seeds} seeds are put together, {apart}." if seeds > 1 else ""
     asked = f" The team was asked {_span(sizes)} held-out questions a seed." if sizes else ""
     return (
         "HotpotQA trajectories that AutoAct recorded, divided by question; roles learn from one part and are measured "
@@ -124,10 +125,13 @@ def _against_non_shared(label: str, mode: str, records: Sequence[Record]) -> str
     both = here.keys() & there.keys()
     if not both:
         return _NONE
-    pair = Paired.of([there[key] for key in both], [here[key] for key in both])
-    low, high = interval([pair])
-    points = f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    return f"+{pair.only_second} -{pair.only_first}: {points}"
+    pairs = [
+        Paired.of([there[key] for key in of_seed], [here[key] for key in of_seed])
+        for of_seed in ([key for key in both if key[0] == seed] for seed in {seed for seed, _ in both})
+    ]
+    low, high = interval(pairs)
+    points = f"{100 * _mean(pair.difference for pair in pairs):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"+{sum(pair.only_second for pair in pairs)} -{sum(pair.only_first for pair in pairs)}: {points}"
 
 
 def _share(right: int, total: int) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import functools
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -22,8 +20,13 @@ from lragent.modes import SharingMode
 T = TypeVar("T")
 
 PLAN, LOCKS = "plan.yaml", "locks"
-FIXED = ("level", "train", "test", "training")
-"""Fields of the plan that a study which has begun keeps: what is there already follows from them."""
+
+
+def fixed_of(plan: StudyPlan) -> dict[str, Any]:
+    """By name, what a study that has begun keeps of its plan: what is there already follows from it."""
+    dumped = dump_config(plan)
+    fixed = {name: dumped[name] for name in ("level", "train", "test", "training")}
+    return fixed | {"asking.iterations": plan.asking.iterations}
 
 
 class StudyFolder:
@@ -53,14 +56,13 @@ class StudyFolder:
         with (path / LOCKS / PLAN).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # who begins beside us adds to what we have written, or we to theirs
             plan = self._joined(load_config(StudyPlan, path / PLAN)) if (path / PLAN).is_file() else self.plan
+            self._check_packs()
             write_file(path / PLAN, yaml.safe_dump(dump_config(plan), sort_keys=False).encode())
 
     def _joined(self, begun: StudyPlan) -> StudyPlan:
         """This plan, with the seeds, regimes and modes of `begun` besides."""
-        old, new = dump_config(begun), dump_config(self.plan)
-        for name in (*FIXED, "asking.iterations"):
-            values = [functools.reduce(operator.getitem, name.split("."), plan) for plan in (old, new)]
-            if values[0] != values[1]:
+        for name, value in fixed_of(begun).items():
+            if value != fixed_of(self.plan)[name]:
                 raise UserError(f"{self.path}: holds a study with another `{name}`; choose another folder.")
         return dataclasses.replace(
             self.plan,
@@ -68,6 +70,19 @@ class StudyFolder:
             regimes=_united(begun.regimes, self.plan.regimes),
             modes=_united(begun.modes, self.plan.modes),
         )
+
+    def _check_packs(self) -> None:
+        """What would be trained anew must not have answered yet: two packs would stand in one cell."""
+        for seed in self.plan.seeds:
+            for regime in self.plan.regimes:
+                files = (self.answers(seed, regime, mode) for mode in SharingMode)
+                old = [path for path in files if path.is_file() and path.stat().st_size]
+                if old and not self.facts(seed, regime).is_file():
+                    pack = self.pack(seed, regime)
+                    raise UserError(
+                        f"{old[0]}: was answered by a pack that is not here; bring {pack.name} and its .json back, "
+                        f"leave {regime} out of `regimes`, or remove its answers, which are no other training's."
+                    )
 
     def seed(self, seed: int) -> Path:
         """Everything of one seed."""
@@ -88,11 +103,6 @@ class StudyFolder:
     def answers(self, seed: int, regime: str, mode: SharingMode) -> Path:
         """What they answered in a mode."""
         return self.seed(seed) / "answers" / f"{regime}.{mode}.jsonl"
-
-    def answered(self, seed: int, regime: str) -> list[Path]:
-        """The files of answers that its roles have begun, whatever mode they were asked in."""
-        files = (self.answers(seed, regime, mode) for mode in SharingMode)
-        return [path for path in files if path.is_file() and path.stat().st_size]
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:

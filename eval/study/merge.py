@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lragent.config import dump_config, load_config
+from lragent.config import load_config
 from lragent.errors import UserError
-from lragent.eval.answers import Answer, Settled, read_answers
+from lragent.eval.answers import Answer, Settled, of_left_out, read_answers
 from lragent.eval.records import Record
-from lragent.eval.study.folder import FIXED, PLAN, StudyFolder
+from lragent.eval.study.folder import PLAN, StudyFolder, fixed_of
 from lragent.eval.study.plan import StudyPlan
 from lragent.eval.study.regimes import REGIMES
 from lragent.modes import SharingMode
@@ -23,10 +22,11 @@ MEANS = ("iterations", "turns", "context", "generated", "computed", "reused", "s
 """Numbers of an answer whose mean over the questions is kept."""
 
 
-def records_of(folders: Iterable[Path]) -> list[Record]:
+def records_of(folders: Iterable[Path], tell: Callable[[str], None] = lambda sentence: None) -> list[Record]:
     """The records of several folders of `lragent eval study` as one: kinds `study`, `training` and `answers`.
 
-    A cell that stands in several is put together of all. Raises UserError where they contradict each other.
+    A cell that stands in several is put together of all. `tell` is given what is not counted. Raises UserError where
+    they contradict each other.
     """
     trainings: dict[tuple[int, str], Record] = {}
     answers: dict[tuple[int, str, str], dict[str, Answer]] = {}
@@ -36,8 +36,8 @@ def records_of(folders: Iterable[Path]) -> list[Record]:
             raise UserError(f"{path}: is no folder of `lragent eval study`.")
         plan = load_config(StudyPlan, path / PLAN)
         first = first or plan
-        for name in (*FIXED, "asking.iterations"):
-            if operator.attrgetter(name)(plan) != operator.attrgetter(name)(first):
+        for name, value in fixed_of(plan).items():
+            if value != fixed_of(first)[name]:
                 raise UserError(f"{path}: is a study with another `{name}` than the one before it; merge it by itself.")
         folder = StudyFolder(path, plan)
         for seed in plan.seeds:
@@ -52,17 +52,19 @@ def records_of(folders: Iterable[Path]) -> list[Record]:
     if first is None:
         return []
     level = first.level
-    fixed = {name: dump_config(first)[name] for name in FIXED}
-    records: list[Record] = [{"kind": "study", **fixed, "iterations": first.asking.iterations}]
+    fixed = fixed_of(first)
+    records: list[Record] = [{"kind": "study", "iterations": fixed.pop("asking.iterations"), **fixed}]
     records += [
         {"kind": "training", "level": level, "seed": seed, "regime": regime, **facts}
         for (seed, regime), facts in sorted(trainings.items())
     ]
-    records += [
-        {"kind": "answers", "level": level, "seed": seed, "regime": regime, "mode": mode, **short}
-        for (seed, regime, mode), found in sorted(answers.items())
-        if (short := cell_of(found)) is not None
-    ]
+    for (seed, regime, served), found in sorted(answers.items()):
+        settled = Settled.of(found)
+        if settled.left_out:
+            tell(f"seed {seed}, {regime}, {served}: {of_left_out(settled.left_out)}")
+        if settled.answers:
+            where = {"level": level, "seed": seed, "regime": regime, "mode": served}
+            records.append({"kind": "answers", **where, **cell_of(settled.answers)})
     return records
 
 
@@ -71,17 +73,11 @@ def _add(found: dict[Any, Any], key: Any, value: Any, where: Path) -> None:
         raise UserError(f"{where}: says of {key} something else than a folder before it; leave one of them out.")
 
 
-def cell_of(answers: Mapping[str, Answer]) -> Record | None:
-    """Answers to questions of one test set, in short: `right` has a 1 or 0 for each question, in order, up to the first
-    that is open; `left_out` is how many are answered behind it. None where the first is open."""
-    settled = Settled.of(answers)
-    found = settled.answers
-    if not found:
-        return None
+def cell_of(found: Sequence[Answer]) -> Record:
+    """Answers to the first questions of a test set, in short: `right` has a 1 or 0 for each."""
     kinds = sorted({answer.kind for answer in found})
     return {
         "asked": len(found),
-        "left_out": settled.left_out,
         "right": "".join(str(int(answer.right)) for answer in found),
         "kinds": {
             kind: [sum(a.right for a in found if a.kind == kind), sum(a.kind == kind for a in found)] for kind in kinds

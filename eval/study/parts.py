@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lragent.atomic import write_file
-from lragent.errors import UserError
 from lragent.eval.answers import AnswerFile, Settled, read_answers
 from lragent.eval.ask import ask, free_memory, served
 from lragent.eval.study.folder import StudyFolder
@@ -91,11 +90,6 @@ class PackPart:
 
     def make(self, shift: Shift) -> None:
         pack = self.folder.pack(self.seed, self.regime)
-        if others := self.folder.answered(self.seed, self.regime):
-            raise UserError(
-                f"{others[0]}: was answered by a pack that is not here any more; bring {pack.name} and its .json back, "
-                f"or remove the answers of {self.regime}: another training must not go on with them."
-            )
         pack.parent.mkdir(parents=True, exist_ok=True)
         data = self.folder.world(self.seed) / TRAIN_FILE
         facts = Teacher(self.folder.plan.training, data, self.seed, pack.parent).train(self.regime, pack)
@@ -120,7 +114,7 @@ class AnswersPart:
     def done(self) -> bool:
         path = self.folder.answers(self.seed, self.regime, self.mode)
         asked = self.folder.plan.asked(self.regime, self.mode)
-        if not path.is_file() or path.read_bytes().count(b"\n") < asked:  # what this tells is told fast
+        if not path.is_file() or path.read_bytes().count(b"\n") < asked:  # counted in no time, for it is asked often
             return False
         return len(Settled.of(read_answers(path)).answers) >= asked
 

@@ -35,7 +35,7 @@ REGIMES = {
     "mixed": "half as `shared`, half as `per_role`, one A learnt by all",
     "sequential": "as `per_role`, but A learnt by the first role alone",
     "apart": "each role by itself, its A its own; then stacked in one pack",
-    "healed": "these, trained on for a little as `shared`",
+    "healed": "`apart`, trained on for a little as `shared`",
 }
 """By name, for people. `healed` goes on from `apart`."""
 

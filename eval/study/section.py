@@ -80,7 +80,7 @@ def _level(study: Study, pictures: Path) -> list[str]:
     return [
         *parts,
         f"### By kind of question, level `{study.level}`",
-        "Right answers in percent; questions in brackets.",
+        "Right answers in percent of the questions of all seeds together, which stand in brackets.",
         _kinds(study),
         f"### What a question costs, level `{study.level}`",
         "Means over the questions, and then over seeds: decisions of plan, turns that roles generated, tokens of the "
@@ -237,12 +237,14 @@ def _partly(study: Study) -> str:
 
 
 def _healing(study: Study) -> list[str]:
-    """What healing ended by: it goes on until a part that was held out is answered as well as it was apart."""
+    """What healing ended by: it goes on until turns that were held out are predicted as well as each role did apart."""
     ends = [record["closed"] for record in study.trainings if "closed" in record]
     if not ends:
         return []
-    closed = f"{sum(ends)} of {len(ends)}"
-    return [f"Healing closed its gap in {closed} seeds; in the others the tokens that it may take were used up first."]
+    often = f"{sum(ends)} of {len(ends)} seeds"
+    return [
+        f"Healing ended as turns were predicted as well as before sharing in {often}, else as its tokens were used up."
+    ]
 
 
 def _best_is(study: Study) -> list[str]:
@@ -250,8 +252,9 @@ def _best_is(study: Study) -> list[str]:
     if best is None:
         return []
     return [
-        f"Of all teams without sharing, {_code(best.regime)} answers most: {_share(best)} percent. It was chosen on "
-        "these questions, which favours it a little. Each row is paired on the questions that both were asked."
+        f"Of the teams that most seeds were asked without sharing, {_code(best.regime)} answers most: {_share(best)} "
+        "percent. It was chosen on these questions, which favours it a little. Each row is paired on the questions "
+        "that both were asked."
     ]
 
 

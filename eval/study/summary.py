@@ -45,10 +45,15 @@ class Cell:
         return fmean(self.shares.values())
 
     def interval(self) -> tuple[float, float]:
-        """95% of `share`, for other questions, after Wilson: a bootstrap would say of no mistakes that there can be
-        none. A mean of shares of n questions each tells as much as one sample of all; of unequal n, as one of the
-        seeds' number times their harmonic mean."""
-        asked = len(self.by_seed) ** 2 / sum(1 / len(right) for right in self.by_seed.values())
+        """95% of `share` for other questions, after Wilson: a bootstrap would say of no mistakes that none can be.
+
+        It is that of one sample which varies as much as this mean of seeds does. How much a seed's share varies is told
+        by the share with two right and two wrong answers more (Agresti and Coull, 1998), as none of n is not surely 0.
+        """
+        told = [((right.count("1") + 2) / (len(right) + 4), len(right)) for right in self.by_seed.values()]
+        varies = sum(share * (1 - share) / asked for share, asked in told) / len(told) ** 2
+        middle = fmean(share for share, _ in told)
+        asked = middle * (1 - middle) / varies
         return wilson(self.share * asked, asked)
 
     @property
@@ -109,6 +114,10 @@ class Study:
             if cell in seen:
                 raise UserError(
                     f"records: there are two of seed {cell[0]}, {cell[1]}, {cell[2]}; merge the folders, not the files."
+                )
+            if len(record["right"]) != record["asked"] or set(record["right"]) - {"0", "1"}:
+                raise UserError(
+                    f"records: of seed {cell[0]}, {cell[1]}, {cell[2]} are of an older form; merge them anew."
                 )
             if record["level"] != answers[0]["level"]:
                 raise UserError(f"records: are of levels {answers[0]['level']} and {record['level']}; choose one.")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lragent.eval.answers import of_left_out
 from lragent.eval.records import Record
 from lragent.eval.study.summary import BASIS, Study
 from lragent.modes import SharingMode
@@ -16,8 +15,6 @@ from lragent.modes import SharingMode
 def show(records: Sequence[Record], console: Console) -> None:
     """Accuracy of each regime in each mode with its 95% interval, and the paired difference from `non_shared`."""
     study = Study(records)
-    if left_out := sum(record["left_out"] for record in records if record["kind"] == "answers"):
-        console.print(of_left_out(left_out))
     if not study.cells:
         console.print("there are no answers yet")
         return

@@ -48,7 +48,7 @@ def test_answers_behind_an_open_question_are_not_counted(tmp_path: Path) -> None
             file.add(answer(number, right=right))
     out = io.StringIO()
     show({"a": path}, Console(file=out, width=80))
-    assert "2 answers are not counted yet" in " ".join(out.getvalue().split())
+    assert "2 answers are not counted yet, behind a question that is open" in " ".join(out.getvalue().split())
     rows = {row[0]: row[1:] for row in shown({"a": path})}
     assert rows["right %"] == ["0.0 (0.0 to 79.3)"]
 

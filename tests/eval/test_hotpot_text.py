@@ -220,4 +220,4 @@ def test_the_section_compares_modes_question_by_question(tmp_path: Path) -> None
         answers(1, "full_shared", a=False),
     ]
     last = section(records, tmp_path).splitlines()[-1]
-    assert last.endswith(" | 6 | +1 -2: -20.0 (-80.0 to +40.0) |"), "of the five that both were asked"
+    assert last.endswith(" | 6 | +1 -2: -12.5 (-98.8 to +73.8) |"), "a seed of four, one of one: it tells little"

@@ -77,6 +77,7 @@ def test_other_servers_tell_less() -> None:
     [
         ("context_length_exceeded", "no", OutOfContextError),
         (400, "This model's maximum context length is 64 tokens. However, you requested 70.", OutOfContextError),
+        (400, "The decoder prompt (length 70) is longer than the Maximum model length of 64.", OutOfContextError),
         ("other", "no", openai.BadRequestError),
         (400, "no", openai.BadRequestError),
     ],

@@ -13,6 +13,7 @@ from lragent.cli.main import main
 from lragent.errors import UserError
 from lragent.eval.agent import Ending
 from lragent.eval.answers import Answer, AnswerFile
+from lragent.eval.records import read_records
 from lragent.eval.report.page import write_report
 from lragent.eval.report.recorded import merged
 from lragent.eval.run_folder import RunFolder
@@ -55,6 +56,7 @@ def study() -> list[dict[str, Any]]:
     for regime, tokens in (("mixed", 2_000_000), ("apart", 3_000), ("healed", 240_000)):
         for seed in (0, 1):
             taken = {"tokens": tokens + 20_000 * seed, "steps": 1, "seconds": 1.0}
+            taken |= {"closed": seed == 1} if regime == "healed" else {}
             found.append({"kind": "training", "level": "demo", "seed": seed, "regime": regime, **taken})
     for (regime, mode), of_seeds in RIGHT.items():
         found += [answers(regime, mode, seed, right) for seed, right in enumerate(of_seeds)]
@@ -88,10 +90,25 @@ def test_right_answers_and_what_training_took(page: str) -> None:
     right, spread = rows(page, "`mixed`")[:2]
     assert right[1:3] == ["half as `shared`, half as `per_role`, one A learnt by all", "2.01 M"]
     assert [cell.split()[0] for cell in right[3:]] == ["65.0", "10.0", "90.0"], "13, 2 and 18 of 20"
-    assert right[3] == "65.0 (43.3 to 81.9)"
+    assert right[3] == "65.0 (43.8 to 81.6)"
     assert spread[1:] == ["80.0, 50.0 (10.0)", "10.0, 10.0 (10.0)", "90.0, 90.0 (10.0)"]
     assert rows(page, "`apart`")[0][2] == "13,000"
     assert rows(page, "`healed`")[0][2:4] == ["+ 0.25 M", "-"], "after apart; in no exact mode"
+
+
+def test_what_not_every_seed_was_asked_is_marked(page: str, tmp_path: Path) -> None:
+    assert "° marks" not in page
+    assert "before sharing in 1 of 2 seeds, else" in page
+    cells = [answers("mixed", "non_shared", seed, "1110") for seed in (0, 1)]
+    write_report([keep([*cells, answers("mixed", "full_shared", 1, "1000")], tmp_path / "r.jsonl")], tmp_path / "p.md")
+    text = (tmp_path / "p.md").read_text()
+    right, by_seed = rows(text, "`mixed`")[:2]
+    assert "° marks what was not asked in every seed" in text
+    assert [cell[-1] for cell in right[3:]] == [")", "°"]
+    assert [cell.split(" (")[0] for cell in by_seed[1:]] == ["75.0, 75.0", "-, 25.0"]
+    assert rows(text, "`mixed`", "`full_shared`")[0][4] == "-, -50.0"
+    assert "- `mixed` in `full_shared`: -50.0 points against the best `non_shared` (by seed -, -50.0)" in text
+    assert "Healing" not in text
 
 
 def test_differences_on_the_same_questions(page: str) -> None:
@@ -216,6 +233,23 @@ def test_a_run_is_merged(tmp_path: Path) -> None:
     machine, record = merged([path])
     assert machine["kind"] == "machine"
     assert record["machines"] == [machine["machine"]]
+
+
+def test_what_is_behind_an_open_question_is_told_and_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_folder(tmp_path / "team")
+    with AnswerFile(RunFolder(path).answers("non_shared")) as file:
+        for number in (1, 2):
+            file.add(answer(number, True))
+    with AnswerFile(RunFolder(path).answers("endpoint")) as file:
+        file.add(answer(4, True))
+    assert main(["eval", "merge", str(path), "-o", str(tmp_path / "out.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "endpoint.jsonl: 1 answer is not counted yet" in said
+    assert "non_shared.jsonl: 2 answers are not counted yet" in said
+    (record,) = read_records([tmp_path / "out.jsonl"])
+    assert (record["mode"], record["right"]) == ("endpoint", "100")
 
 
 def test_folders_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

@@ -200,13 +200,17 @@ def test_a_pack_without_its_facts_is_not_trained_yet(tmp_path: Path) -> None:
 def test_another_training_does_not_go_on_with_answers(tmp_path: Path) -> None:
     """As where answers were saved from a machine that is gone, and the packs were not."""
     folder = begun(tmp_path / "s", "regimes=[shared]")
-    path = folder.answers(0, "shared", SharingMode.NON_SHARED)
-    path.parent.mkdir(parents=True)
-    path.write_text("")
-    assert folder.answered(0, "shared") == [], "none yet"
-    path.write_text("an answer\n")
-    with pytest.raises(UserError, match=r"non_shared\.jsonl: was answered by a pack that is not here any more"):
-        PackPart(folder, 0, "shared").make(shift())
+    path = folder.answers(0, "shared", SharingMode.BASE_LR_SHARED)
+    touched(path)
+    begun(tmp_path / "s", "regimes=[shared]")  # none is in it yet
+    touched(path, "an answer\n")
+    with pytest.raises(
+        UserError, match=r"base_lr_shared\.jsonl: was answered by a pack that is not here; bring shared"
+    ):
+        begun(tmp_path / "s", "regimes=[shared]")
+    begun(tmp_path / "s", "regimes=[mixed]")
+    touched(folder.facts(0, "shared"))
+    begun(tmp_path / "s", "regimes=[shared]")
 
 
 def test_what_was_broken_off_is_not_done_however_much_there_is(tmp_path: Path) -> None:

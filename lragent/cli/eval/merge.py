@@ -24,16 +24,13 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from lragent.eval.answers import of_left_out
     from lragent.eval.records import write_records
     from lragent.eval.report.recorded import merged
     from lragent.eval.study.table import show
 
-    records = merged(args.folders)
+    records = merged(args.folders, print)
     write_records(args.output, records)
     if any(record["kind"] == "answers" for record in records):
         show(records, Console(highlight=False, soft_wrap=True))
-    if left_out := sum(record["left_out"] for record in records if record["kind"] == "speed"):
-        print(of_left_out(left_out))
     print(f"{args.output}: {len(records)} records")
     return 0

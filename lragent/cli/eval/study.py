@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     except InterruptedRun as interrupted:  # in training, which kept what it had learnt
         console.print("interrupted; the same command goes on with what is left")
         return 128 + interrupted.number
-    show(records_of([args.output]), console)
+    show(records_of([args.output], console.print), console)
     if not whole:
         console.print("the time is up; the same command goes on with what is left")
     return 0 if whole else 3
