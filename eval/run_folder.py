@@ -17,7 +17,7 @@ from lragent.eval.records import Record
 from lragent.eval.study.merge import cell_of
 
 RUN = "run.json"
-IDENTITY = ("world", "team", "iterations")
+IDENTITY = {"world": "to another world", "team": "of another team", "iterations": "with other --iterations"}
 """Facts that a run which has begun keeps. How many questions are asked at once may change: it moves times only."""
 
 
@@ -48,8 +48,9 @@ class RunFolder:
         begun = self.facts() if (self.path / RUN).is_file() else None
         if begun is None and self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"--output: {self.path} holds other files; name a new folder.")
-        if begun is not None and any(begun.get(name) != facts[name] for name in IDENTITY):
-            raise UserError(f"--output: {self.path} holds answers of another team or world; name another folder.")
+        for name, what in IDENTITY.items():
+            if begun is not None and begun.get(name) != facts[name]:
+                raise UserError(f"--output: {self.path} holds answers {what}; name another folder.")
         self.path.mkdir(parents=True, exist_ok=True)
         if begun is None:
             self._write({**facts, "level": level, "workers": {}})

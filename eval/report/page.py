@@ -34,6 +34,11 @@ MODES = (
 )
 
 
+EQUAL = (
+    " All ways learnt from as many tokens, so `shared` and `mixed` met each conversation more often than `per_role`."
+)
+
+
 def write_report(files: Sequence[Path], page: Path) -> None:
     """Make `page` of the records in `files`; its pictures go to the folder beside it that is named like it.
 
@@ -91,7 +96,8 @@ def _studies(records: Sequence[Record]) -> list[str]:
             f"{len({r['regime'] for r in own})} ways and is served in {len({r['mode'] for r in own})} sharing modes; "
             f"{sum(r['asked'] for r in own):,} answers were generated, with tools, in at most "
             f"{study['iterations']} decisions of plan each. Training, the same in all ways: "
-            f"{settings}. Another learning rate, model or length of context may lose more, or less."
+            f"{settings}.{EQUAL if training.get('equal_tokens') else ''} Another learning rate, model or length of "
+            "context may lose more, or less."
         )
     return lines
 

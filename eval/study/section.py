@@ -214,10 +214,10 @@ def _costs(study: Study) -> str:
 
 
 def _sentences(study: Study) -> list[str]:
-    """Whether roles that learnt to share keep the answers of the best that there is without sharing, and whether such
-    roles need a cache of these modes for it."""
+    """Whether roles keep the answers of the best that there is without sharing: first those that everyone has, trained
+    apart, then those that learnt to share; and whether these need a cache of the modes that they learnt for."""
     said = []
-    for regime, mode in (*((regime, SHARED) for regime in FOR_SHARING), ("mixed", FULL)):
+    for regime, mode in (*((regime, SHARED) for regime in ("apart", *FOR_SHARING)), ("mixed", FULL)):
         difference = study.from_best(regime, mode) if (regime, mode) in study.cells else None
         if difference is None:
             continue

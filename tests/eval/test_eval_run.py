@@ -100,17 +100,19 @@ def test_another_team_s_or_world_s_folder_is_refused(
 ) -> None:
     words = ["--modes", "non_shared", "--questions", "1"]
     assert asked(*by_pack(place), *words) == 0
-    for other in (
-        by_pack(place, "rivals"),
-        [*by_pack(place), "--iterations", "3"],
-        ["--base-url", "http://127.0.0.1:9/v1"],
+    for other, what in (
+        (by_pack(place, "rivals"), "of another team"),
+        ([*by_pack(place), "--iterations", "3"], "with other --iterations"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "of another team"),
     ):
         assert asked(*words, *other) == 2
-        assert "another team or world" in capsys.readouterr().err
+        assert f"holds answers {what};" in capsys.readouterr().err
+    assert asked(*by_pack(place), "--questions", "4") == 2
+    assert "from 1 to the world's 3" in capsys.readouterr().err
     another = tmp_path / "another.json"
     another.write_text(dump_test_set(make_data_set(with_counts(LEVELS["demo"], 1, 1, 3), seed=1).test))
     assert asked(*by_pack(place), *words, "--world", str(another)) == 2
-    assert "another team or world" in capsys.readouterr().err
+    assert "holds answers to another world;" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     assert asked(*by_pack(place), *words, "-o", str(tmp_path / "mine")) == 2
@@ -125,7 +127,7 @@ def test_another_team_s_or_world_s_folder_is_refused(
         (["--roles", "TEAM", "--modes", "all"], "--modes: there is no 'all'"),
         (["--roles", "TEAM", "--modes", "endpoint"], "--modes: there is no 'endpoint'"),
         (["--roles", "TEAM", "--world", "none.json"], "none.json: cannot be read"),
-        (["--roles", "TEAM", "--questions", "0"], "--questions: must be at least 1"),
+        (["--roles", "TEAM", "--questions", "0"], "--questions: must be from 1 to"),
         (["--roles", "TEAM", "--workers", "0"], "workers: must be at least 1"),
         (["--roles", "TEAM", "--iterations", "0"], "iterations: must be at least 1"),
         (["--roles", "TEAM", "--output", "TEAM"], "is a file; name a folder"),

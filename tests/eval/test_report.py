@@ -22,6 +22,7 @@ from lragent.eval.study.plan import StudyPlan
 from lragent.eval.study.regimes import Training
 from lragent.eval.study.work import run_study
 
+ROOT = Path(__file__).parents[2]
 MEANS = {"iterations": 2.0, "turns": 6.0, "context": 300.0, "generated": 40.0, "reused": 500.0}
 RIGHT = {
     ("mixed", "non_shared"): ("1111111100", "1111100000"),
@@ -164,6 +165,17 @@ def test_times_and_machines(page: str) -> None:
     assert "lragent eval report records.jsonl -o sharing.md" in page
 
 
+def test_the_page_of_this_project_is_what_its_records_say(tmp_path: Path) -> None:
+    kept = (ROOT / "docs" / "sharing.md").read_text()
+    (command,) = (line for line in kept.splitlines() if line.startswith("lragent eval report "))
+    files = [ROOT / word for word in command.split()[3:-2]]
+    write_report(files, tmp_path / "sharing.md")
+    made = (tmp_path / "sharing.md").read_text().splitlines()
+    assert [line for line in kept.splitlines() if line != command] == [
+        line for line in made if not line.startswith("lragent eval report ")
+    ], "run the command that stands in docs/sharing.md"
+
+
 def test_every_picture_is_linked_and_the_bytes_are_the_same_twice(page: str, tmp_path: Path) -> None:
     def made() -> dict[str, bytes]:
         return {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / "docs").rglob("*") if p.is_file()}
@@ -254,7 +266,7 @@ def test_what_is_behind_an_open_question_is_told_and_not_counted(
 
 def test_folders_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="another team or world"):
+    with pytest.raises(UserError, match="of another team; name another folder"):
         RunFolder(run_folder(tmp_path / "team")).begin(tmp_path / "world.json", "demo", "http://elsewhere/v1", 45)
     with pytest.raises(UserError, match="another folder has this name"):
         merged([tmp_path / "team", run_folder(tmp_path / "other" / "team")])

@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help="JSONL files of records")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the page to write, such as docs/sharing.md"
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the page to write, such as runs/sharing.md"
     )
     parser.set_defaults(run=run)
 

@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--modes: there is no {name!r}; there are {', '.join(SharingMode)}.")
     asking = Asking(args.workers, args.iterations, args.max_tokens_in_cache, args.max_num_batched_tokens)
     test = load_test_set(args.world)
-    count = len(test.questions) if args.questions is None else min(args.questions, len(test.questions))
-    if count < 1:
-        raise UserError(f"--questions: must be at least 1, not {args.questions}.")
+    count = len(test.questions) if args.questions is None else args.questions
+    if not 1 <= count <= len(test.questions):
+        raise UserError(f"--questions: must be from 1 to the world's {len(test.questions)}, not {args.questions}.")
     folder = RunFolder(args.output)
     folder.begin(args.world, test.level, args.roles or args.base_url, args.iterations)
     for mode in modes:
