@@ -165,6 +165,7 @@ def test_times_and_machines(page: str) -> None:
     assert "lragent eval report records.jsonl -o sharing.md" in page
 
 
+@pytest.mark.slow
 def test_the_page_of_this_project_is_what_its_records_say(tmp_path: Path) -> None:
     kept = (ROOT / "docs" / "sharing.md").read_text()
     (command,) = (line for line in kept.splitlines() if line.startswith("lragent eval report "))
