@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,33 +66,24 @@ class Answer:
         )
 
 
-@dataclass(frozen=True)
-class Settled:
-    """The answers that may be counted: those before the first question that has none.
+def settled(
+    answers: Mapping[str, Answer], name: str, tell: Callable[[str], None] = lambda sentence: None
+) -> list[Answer]:
+    """The answers that may be counted, of `answers` by question: those before the first question that has none.
 
     Questions are begun in order. Where work was broken off, the open ones are those that take long, which mostly fail:
-    counted with what is behind the first of them, a team would look better than it is.
+    counted with what is behind the first of them, a team would look better than it is. `tell` hears how much that is,
+    and of which cell by its `name`.
     """
-
-    answers: tuple[Answer, ...]
-    """Of questions 0, 1, …"""
-    left_out: int
-
-    @classmethod
-    def of(cls, answers: Mapping[str, Answer]) -> Settled:
-        """From answers by question."""
-        by_number = {int(name.rpartition("-")[2]): answer for name, answer in answers.items()}
-        whole = tuple(by_number[at] for at in itertools.takewhile(by_number.__contains__, itertools.count()))
-        return cls(whole, len(answers) - len(whole))
-
-
-def of_left_out(count: int) -> str:
-    """Why so many answers are not counted, for people."""
-    answers = "1 answer is" if count == 1 else f"{count:,} answers are"
-    return (
-        f"{answers} not counted yet, behind a question that is open: those that take long mostly fail. The command "
-        "that asked goes on with it."
-    )
+    by_number = {int(question.rpartition("-")[2]): answer for question, answer in answers.items()}
+    counted = [by_number[at] for at in itertools.takewhile(by_number.__contains__, itertools.count())]
+    if behind := len(answers) - len(counted):
+        are = "1 answer is" if behind == 1 else f"{behind:,} answers are"
+        tell(
+            f"{name}: {are} not counted yet, behind a question that is open: those that take long mostly fail. The "
+            "command that asked goes on with it."
+        )
+    return counted
 
 
 class AnswerFile:

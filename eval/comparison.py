@@ -10,22 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 from lragent.eval.agent import Ending
-from lragent.eval.answers import Answer, Settled, of_left_out, read_answers
+from lragent.eval.answers import Answer, read_answers, settled
 from lragent.eval.intervals import wilson
 from lragent.eval.paired import Paired, interval
 
 
 def show(files: Mapping[str, Path], console: Console) -> None:
     """A table with a column for each of `files`, by name; differences are from the first of them. Raises UserError."""
-    found = {name: Settled.of(read_answers(path)) for name, path in files.items()}
-    if left_out := sum(settled.left_out for settled in found.values()):
-        console.print(of_left_out(left_out))
-    common = min(len(settled.answers) for settled in found.values())
+    found = {name: settled(read_answers(path), name, console.print) for name, path in files.items()}
+    common = min(map(len, found.values()))
     if not common:
         console.print("there are no answers yet")
         return
     table = Table("", *found, title=f"questions that all were asked: {common}; 95% intervals")
-    first, *others = [settled.answers[:common] for settled in found.values()]
+    first, *others = [answers[:common] for answers in found.values()]
     rows = [first, *others]
     table.add_row("right %", *map(_right, rows))
     for name, compare in (("difference", _difference), ("p (McNemar)", _chance)):

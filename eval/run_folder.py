@@ -11,7 +11,7 @@ from typing import Any
 from lragent.atomic import write_file
 from lragent.errors import UserError
 from lragent.eval.agent import Message
-from lragent.eval.answers import Settled, of_left_out, read_answers
+from lragent.eval.answers import read_answers, settled
 from lragent.eval.machines import machines_of, note_machine
 from lragent.eval.records import Record
 from lragent.eval.study.merge import cell_of
@@ -86,10 +86,7 @@ def speeds_of(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Record
         folder = RunFolder(path)
         facts = folder.facts()
         for file in sorted(path.glob("*.jsonl")):
-            settled = Settled.of(read_answers(file))
-            if settled.left_out:
-                tell(f"{file}: {of_left_out(settled.left_out)}")
-            if settled.answers:
+            if counted := settled(read_answers(file), str(file), tell):
                 records.append(
                     {
                         "kind": "speed",
@@ -98,7 +95,7 @@ def speeds_of(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Record
                         "mode": file.stem,
                         "workers": facts.get("workers", {}).get(file.stem, []),
                         "machines": sorted({machine["machine"] for machine in machines_of(path)}),
-                        **cell_of(settled.answers),
+                        **cell_of(counted),
                     }
                 )
     return records

@@ -113,22 +113,21 @@ def _answers(labels: Sequence[str], records: Sequence[Record]) -> str:
 def _against_non_shared(label: str, mode: str, records: Sequence[Record]) -> str:
     """Questions that are right here only, and in `non_shared` only, of those that both were asked; and in points."""
 
-    def right(served: str) -> dict[tuple[int, str], bool]:
+    def right(seed: int, served: str) -> dict[str, bool]:
         return {
-            (record["seed"], question["id"]): question["right"]
+            question["id"]: question["right"]
             for record in records
-            if (record["label"], record["mode"]) == (label, served)
+            if (record["label"], record["seed"], record["mode"]) == (label, seed, served)
             for question in record["questions"]
         }
 
-    here, there = right(mode), right(SharingMode.NON_SHARED)
-    both = here.keys() & there.keys()
-    if not both:
+    pairs = []
+    for seed in sorted({record["seed"] for record in records}):
+        here, there = right(seed, mode), right(seed, SharingMode.NON_SHARED)
+        if both := here.keys() & there.keys():
+            pairs.append(Paired.of([there[key] for key in both], [here[key] for key in both]))
+    if not pairs:
         return _NONE
-    pairs = [
-        Paired.of([there[key] for key in of_seed], [here[key] for key in of_seed])
-        for of_seed in ([key for key in both if key[0] == seed] for seed in {seed for seed, _ in both})
-    ]
     low, high = interval(pairs)
     points = f"{100 * _mean(pair.difference for pair in pairs):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     return f"+{sum(pair.only_second for pair in pairs)} -{sum(pair.only_first for pair in pairs)}: {points}"

@@ -32,9 +32,7 @@ MODES = (
     "keeps one, as the role that wrote a token left it; `base_shared` keeps one of what the base model computes, and "
     "each role's own low-rank part; `base_lr_shared` keeps one of both."
 )
-
-
-EQUAL = (
+EQUAL_TOKENS = (
     " All ways learnt from as many tokens, so `shared` and `mixed` met each conversation more often than `per_role`."
 )
 
@@ -96,8 +94,8 @@ def _studies(records: Sequence[Record]) -> list[str]:
             f"{len({r['regime'] for r in own})} ways and is served in {len({r['mode'] for r in own})} sharing modes; "
             f"{sum(r['asked'] for r in own):,} answers were generated, with tools, in at most "
             f"{study['iterations']} decisions of plan each. Training, the same in all ways: "
-            f"{settings}.{EQUAL if training.get('equal_tokens') else ''} Another learning rate, model or length of "
-            "context may lose more, or less."
+            f"{settings}.{EQUAL_TOKENS if training.get('equal_tokens') else ''} Another learning rate, model or length "
+            "of context may lose more, or less."
         )
     return lines
 

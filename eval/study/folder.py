@@ -40,7 +40,7 @@ class StudyFolder:
         self.path, self.plan = path, plan
 
     def begin(self) -> None:
-        """Makes the folder, or goes on with it. Raises UserError where it holds another study.
+        """Makes the folder, or goes on with it. Raises UserError where it holds another study, or answers of no pack.
 
         `plan.yaml` then names the seeds, regimes and modes of all that was ever begun here: their answers stay.
         """

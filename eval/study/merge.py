@@ -11,7 +11,7 @@ from typing import Any
 
 from lragent.config import load_config
 from lragent.errors import UserError
-from lragent.eval.answers import Answer, Settled, of_left_out, read_answers
+from lragent.eval.answers import Answer, read_answers, settled
 from lragent.eval.records import Record
 from lragent.eval.study.folder import PLAN, StudyFolder, fixed_of
 from lragent.eval.study.plan import StudyPlan
@@ -59,12 +59,9 @@ def records_of(folders: Iterable[Path], tell: Callable[[str], None] = lambda sen
         for (seed, regime), facts in sorted(trainings.items())
     ]
     for (seed, regime, served), found in sorted(answers.items()):
-        settled = Settled.of(found)
-        if settled.left_out:
-            tell(f"seed {seed}, {regime}, {served}: {of_left_out(settled.left_out)}")
-        if settled.answers:
+        if counted := settled(found, f"seed {seed}, {regime}, {served}", tell):
             where = {"level": level, "seed": seed, "regime": regime, "mode": served}
-            records.append({"kind": "answers", **where, **cell_of(settled.answers)})
+            records.append({"kind": "answers", **where, **cell_of(counted)})
     return records
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lragent.atomic import write_file
-from lragent.eval.answers import AnswerFile, Settled, read_answers
+from lragent.eval.answers import AnswerFile, read_answers, settled
 from lragent.eval.ask import ask, free_memory, served
 from lragent.eval.study.folder import StudyFolder
 from lragent.eval.study.regimes import Teacher
@@ -116,7 +116,7 @@ class AnswersPart:
         asked = self.folder.plan.asked(self.regime, self.mode)
         if not path.is_file() or path.read_bytes().count(b"\n") < asked:  # counted in no time, for it is asked often
             return False
-        return len(Settled.of(read_answers(path)).answers) >= asked
+        return len(settled(read_answers(path), self.name)) >= asked
 
     def ready(self) -> bool:
         return self.folder.facts(self.seed, self.regime).is_file()

@@ -12,7 +12,7 @@ from lragent.eval.study.regimes import FOR_SHARING, REGIMES
 from lragent.eval.study.summary import BASIS, Cell, Difference, Study
 from lragent.modes import SharingMode
 
-NONE, SOME = "-", "°"
+NONE, NOT_ALL_SEEDS = "-", "°"
 SHARED = SharingMode.BASE_LR_SHARED.value
 FULL = SharingMode.FULL_SHARED.value
 MARGIN = 1.0
@@ -52,7 +52,7 @@ def _level(study: Study, pictures: Path) -> list[str]:
         f"### Right answers, level `{study.level}`",
         *_sentences(study),
         "In percent, mean over seeds, with the 95% interval for other questions (Wilson's). Tokens are those that "
-        "training took (mean over seeds); healing's come after those of training apart." + _partly(study),
+        "training took (mean over seeds); healing's come after those of training apart." + _lacking(study),
         _right(study),
         *_healing(study),
         f"By seed ({', '.join(map(str, study.seeds))}; {NONE} where it was not asked), and in brackets the share of "
@@ -106,7 +106,7 @@ def _right(study: Study) -> str:
             _code(regime),
             REGIMES[regime],
             _tokens(study, regime),
-            *(_share(cell) + SOME * _lacks(study, cell) if cell else NONE for cell in cells),
+            *(_share(cell) + NOT_ALL_SEEDS * _lacks_seeds(study, cell) if cell else NONE for cell in cells),
         ]
         for regime, cells in found
     ]
@@ -126,7 +126,7 @@ def _share(cell: Cell) -> str:
     return f"{100 * cell.share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _lacks(study: Study, cell: Cell) -> bool:
+def _lacks_seeds(study: Study, cell: Cell) -> bool:
     return len(cell.by_seed) < len(study.seeds)
 
 
@@ -231,9 +231,9 @@ def _sentences(study: Study) -> list[str]:
     return ["\n".join(said)] if said else []
 
 
-def _partly(study: Study) -> str:
-    lacking = any(_lacks(study, cell) for cell in study.cells.values())
-    return f" {SOME} marks what was not asked in every seed." if lacking else ""
+def _lacking(study: Study) -> str:
+    some = any(_lacks_seeds(study, cell) for cell in study.cells.values())
+    return f" {NOT_ALL_SEEDS} marks what was not asked in every seed." if some else ""
 
 
 def _healing(study: Study) -> list[str]:
