@@ -34,7 +34,7 @@ REGIMES = {
     "shared": "on a cache that others wrote, one A learnt by all",
     "mixed": "half as `shared`, half as `per_role`, one A learnt by all",
     "sequential": "as `per_role`, but A learnt by the first role alone",
-    "apart": "each role by itself, its A its own; then stacked in one pack",
+    "apart": "each role by itself, its A its own (untied); then stacked in one pack",
     "healed": "`apart`, trained on for a little as `shared`",
 }
 """By name, for people. `healed` goes on from `apart`."""
